@@ -1,0 +1,53 @@
+"""The exceptions a user can meet, each with the exit code of the command line.
+
+=====  =====================================================================
+code   meaning
+=====  =====================================================================
+0      done
+1      an error of our own: a defect, please report it
+2      wrong usage (an option, a value)
+3      the model is not found or not valid
+4      the device is not available
+5      out of memory
+6      the GPU failed while running
+130    interrupted
+=====  =====================================================================
+
+A message is one sentence that says what is wrong, where (file, tensor, option) and what to do.
+"""
+
+
+class HayateError(Exception):
+    """Base of all errors meant for the user."""
+
+    exit_code = 1
+
+
+class UsageError(HayateError, ValueError):
+    """An option or argument is wrong; the message names it and its value."""
+
+    exit_code = 2
+
+
+class ModelError(HayateError, ValueError):
+    """The model folder is missing, incomplete, corrupt, or of a kind we do not run."""
+
+    exit_code = 3
+
+
+class DeviceError(HayateError, RuntimeError):
+    """The device asked for is not there or cannot be used."""
+
+    exit_code = 4
+
+
+class OutOfMemory(HayateError, MemoryError):
+    """More memory is needed than there is; the message says need, have, and what would fit."""
+
+    exit_code = 5
+
+
+class GpuFault(HayateError, RuntimeError):
+    """A kernel failed on the GPU; the process must be restarted."""
+
+    exit_code = 6
