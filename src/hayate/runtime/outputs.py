@@ -57,7 +57,9 @@ class RequestMetrics:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return self.num_prompt_tokens / self.time_to_first_token if self.time_to_first_token else 0.0
+        return (
+            self.num_prompt_tokens / self.time_to_first_token if self.time_to_first_token else 0.0
+        )
 
 
 @dataclass
@@ -80,4 +82,6 @@ class StreamChunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     logprobs: tuple[PositionLogprobs, ...] = ()
-    request: RequestOutput | None = None  # on the last chunk of the request: everything, with figures
+    request: RequestOutput | None = (
+        None  # on the last chunk of the request: everything, with figures
+    )

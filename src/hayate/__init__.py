@@ -1,0 +1,25 @@
+"""hayate: runs a Hugging Face checkpoint folder as it is, on an NVIDIA GPU or on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from hayate.runtime.llm import LLM
+    from hayate.sampling_params import SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: `hayate --help` must not wait for torch.
+    if name == "LLM":
+        from hayate.runtime.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from hayate.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'hayate' has no attribute {name!r}")

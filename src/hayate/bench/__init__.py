@@ -1,0 +1,1 @@
+"""Benchmarks: the ceiling first, then the result as a share of it, after a correctness gate."""

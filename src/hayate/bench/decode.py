@@ -1,0 +1,159 @@
+"""`hayate bench decode`: tokens a second after the first, and its share of the memory's read bandwidth."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hayate.bench import roofline
+from hayate.bench.subject import environment, open_llm, random_prompts
+from hayate.config import DTYPE_BYTES
+from hayate.errors import HayateError, UsageError
+from hayate.runtime.llm import LLM
+from hayate.sampling_params import SamplingParams
+
+
+def run(
+    *,
+    model: str | None,
+    preset: str | None,
+    device: str,
+    dtype: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    runs: int,
+    compare: str | None,
+    report: Callable[[str], None],
+    **_: Any,
+) -> dict[str, Any]:
+    """Measure greedy decoding end to end through `LLM.generate`, sampling and stopping included."""
+    if new_tokens < 2:
+        raise UsageError(f"--new-tokens {new_tokens}: decoding begins with the second token")
+    llm = open_llm(
+        model=model,
+        preset=preset,
+        device=device,
+        dtype=dtype,
+        batch=batch,
+        length=prompt_tokens + new_tokens,
+    )
+    width = DTYPE_BYTES[llm.plan.dtype]
+    bandwidth = roofline.measure_read_bandwidth(llm.device)
+    context = prompt_tokens + new_tokens // 2
+    cost = roofline.decode_cost(llm.config, batch=batch, context=context, dtype_bytes=width)
+    ceiling = batch * bandwidth / cost.num_bytes
+    report(
+        f"ceiling: {bandwidth / 1e9:,.1f} GB/s read bandwidth over {cost.num_bytes / 1e9:.3f} GB a step "
+        f"= {ceiling:,.1f} tok/s"
+    )
+    prompts = random_prompts(llm, batch=batch, length=prompt_tokens)
+    check_decode(llm, prompts[0], new_tokens=min(new_tokens, 32))
+    report("gate: decoded tokens agree with the logits of one prefill over prompt and answer")
+
+    rival = _Rival(model, llm) if compare else None
+    ours, theirs = [], []
+    for _run in range(runs + 1):  # the first warms up
+        ours.append(decode_rate(llm, prompts, new_tokens))
+        if rival:
+            theirs.append(rival.decode_rate(prompts, new_tokens))
+    rate = statistics.median(ours[1:])
+    result: dict[str, Any] = {
+        "bench": "decode",
+        "model": preset or model,
+        "dtype": llm.plan.dtype,
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "tokens_per_second": round(rate, 2),
+        "runs": [round(r, 2) for r in ours[1:]],
+        "read_bandwidth_gbs": round(bandwidth / 1e9, 2),
+        "bytes_per_step": int(cost.num_bytes),
+        "ceiling_tokens_per_second": round(ceiling, 2),
+        "share_of_ceiling": round(rate / ceiling, 4),
+        **environment(llm.device),
+    }
+    report(f"hayate: {rate:,.1f} tok/s, {rate / ceiling:.1%} of the ceiling (median of {runs})")
+    if rival:
+        other = statistics.median(theirs[1:])
+        ratios = [a / b for a, b in zip(ours[1:], theirs[1:], strict=True)]
+        ratio = statistics.median(ratios)
+        result["transformers_tokens_per_second"] = round(other, 2)
+        result["ratio_to_transformers"] = round(ratio, 3)
+        report(f"transformers {rival.version}: {other:,.1f} tok/s; hayate is {ratio:.2f}x as fast")
+    return result
+
+
+def decode_rate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> float:
+    """Tokens a second over all sequences, from the time all have their first token."""
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    outputs = llm.generate(list(prompts), params)
+    # All prompts start together, so the longest decode time is the batch's.
+    seconds = max(o.metrics.decode_time for o in outputs)
+    return len(prompts) * (new_tokens - 1) / seconds
+
+
+def check_decode(llm: LLM, prompt: list[int], *, new_tokens: int) -> None:
+    """Raise unless greedy decoding picks the tokens that a single prefill of the whole text would pick.
+
+    Ties within rounding count as agreement: a taken token's logit may lie below the best by the spread that
+    the dtype's rounding allows.
+    """
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    tokens = llm.generate(prompt, params)[0].outputs[0].token_ids
+    logits = llm.logits(prompt + tokens)[len(prompt) - 1 : -1]
+    taken = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    gap = (logits.amax(-1) - taken) / logits.abs().amax(-1)
+    # Relative rounding of the dtype, over about 8 roundings a layer, five standard deviations.
+    epsilon = 2.0**-24 if llm.plan.dtype == "float32" else 2.0**-9
+    limit = 5 * epsilon * (8 * llm.config.num_layers) ** 0.5
+    if not bool((gap <= limit).all()):
+        raise HayateError(
+            f"decoding disagrees with prefill: a token's logit is {gap.max():.3g} of the scale below the best "
+            f"(limit {limit:.3g}); no speed is reported for wrong results"
+        )
+
+
+class _Rival:
+    """transformers' `generate` on the same folder, dtype and device."""
+
+    def __init__(self, model: str | None, llm: LLM) -> None:
+        if model is None or llm.folder is None:
+            raise UsageError(
+                "--compare transformers needs --model: it has to load the same weights"
+            )
+        try:
+            import transformers
+        except ImportError:
+            raise UsageError("--compare transformers: transformers is not installed") from None
+        self.version = transformers.__version__
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            llm.folder, dtype=getattr(torch, llm.plan.dtype)
+        ).to(llm.device)
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """Seconds to generate exactly `new_tokens` for each prompt."""
+        ids = torch.tensor(prompts, device=self.model.device)
+        start = time.perf_counter()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - start
+
+    def decode_rate(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """As ours: the time of the first token is taken off."""
+        first = self.generate(prompts, 1)
+        return len(prompts) * (new_tokens - 1) / (self.generate(prompts, new_tokens) - first)
+
+    def prefill_rate(self, prompts: list[list[int]]) -> float:
+        return sum(map(len, prompts)) / self.generate(prompts, 1)

@@ -1,0 +1,2 @@
+"""The command line `hayate`: one file a verb. Verbs import torch only when they run, never for
+help."""

@@ -1,0 +1,190 @@
+"""EngineOptions (what the user said) -> EnginePlan (what will be done): resolved once, frozen, printable.
+
+Nothing here imports torch; the facts of the device come in as numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from hayate.errors import OutOfMemory, UsageError
+
+PAGE_SIZE = 64  # tokens a page of the KV cache: one tile of the attention kernels
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPE_NAMES = {
+    "auto": "auto",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "float16": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "float32": "float32",
+}
+_SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the user asked for; `auto` and None are resolved by `resolve_plan`."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    kv_memory: str | int | None = None  # bytes, "4G", or a share of free memory such as "50%"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What the engine does. Bytes are bytes, lengths are tokens."""
+
+    device: str
+    dtype: Dtype
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    kv_bytes: int
+    weight_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.dtype} on {self.device}: weights {format_bytes(self.weight_bytes)}, KV cache "
+            f"{format_bytes(self.kv_bytes)} ({self.kv_tokens:,} tokens), context up to {self.max_model_len:,}"
+        )
+
+
+def parse_dtype(text: str) -> str:
+    """'auto' or a dtype name from any of its usual spellings. UsageError for others."""
+    try:
+        return _DTYPE_NAMES[text.lower()]
+    except KeyError:
+        raise UsageError(
+            f"--dtype {text!r} is unknown; use auto, bfloat16, float16 or float32"
+        ) from None
+
+
+def parse_size(text: str | int, *, option: str, free_bytes: int) -> int:
+    """Bytes from a number, '4G', '512MiB' or '50%' (of `free_bytes`). UsageError naming `option`."""
+    if isinstance(text, int):
+        value = float(text)
+    elif match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text):
+        value = float(match[1]) / 100 * free_bytes
+        if float(match[1]) > 100:
+            raise UsageError(f"{option} {text!r} is more than all of the memory")
+    elif match := re.fullmatch(
+        r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE
+    ):
+        value = float(match[1]) * _SIZE_UNITS[match[2].upper()]
+    else:
+        raise UsageError(f"{option} {text!r} is not a size; write bytes, '4G' or '50%'")
+    if value <= 0:
+        raise UsageError(f"{option} {text!r} must be positive")
+    return int(value)
+
+
+def format_bytes(count: int) -> str:
+    """A size for people: binary units, three digits."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def resolve_plan(
+    options: EngineOptions,
+    *,
+    device: str,
+    checkpoint_dtype: str,
+    weight_bytes_of: dict[str, int],
+    kv_bytes_per_token_of: dict[str, int],
+    max_position_embeddings: int,
+    free_bytes: int,
+    supports_bfloat16: bool = True,
+) -> EnginePlan:
+    """Turn options into a plan, before anything is loaded.
+
+    `weight_bytes_of` and `kv_bytes_per_token_of` give the need for each dtype. Raises OutOfMemory with need,
+    have and what would fit when the weights and a minimal cache do not fit in `free_bytes`.
+    """
+    dtype = parse_dtype(options.dtype)
+    if dtype == "auto":
+        dtype = checkpoint_dtype
+        if dtype == "bfloat16" and not supports_bfloat16:
+            dtype = "float16"
+    weights, per_token = weight_bytes_of[dtype], kv_bytes_per_token_of[dtype]
+    page_bytes = per_token * PAGE_SIZE
+    workspace = weights // 50 + 256 * 2**20
+    left = free_bytes - weights - workspace
+    if left < page_bytes:
+        raise OutOfMemory(
+            _too_large(dtype, device, weights + workspace + page_bytes, free_bytes, weight_bytes_of)
+        )
+
+    wanted_len = options.max_model_len or max_position_embeddings
+    if wanted_len < 1:
+        raise UsageError(f"--max-model-len {wanted_len} must be at least 1")
+    if options.max_num_seqs < 1:
+        raise UsageError(f"--max-num-seqs {options.max_num_seqs} must be at least 1")
+    if options.kv_memory is not None:
+        kv_bytes = parse_size(options.kv_memory, option="--kv-memory", free_bytes=left)
+        if kv_bytes > left:
+            raise OutOfMemory(
+                f"--kv-memory {options.kv_memory} is {format_bytes(kv_bytes)}, but after the weights "
+                f"({format_bytes(weights)}) {device} has {format_bytes(left)} free; at most that fits"
+            )
+    else:
+        # Half of what is left, but never more than every sequence at full length could use.
+        kv_bytes = min(left // 2, options.max_num_seqs * _round_up(wanted_len) * per_token)
+        kv_bytes = max(kv_bytes, min(left, _round_up(wanted_len) * per_token))
+    num_pages = kv_bytes // page_bytes
+    if num_pages < 1:
+        raise OutOfMemory(
+            f"--kv-memory {options.kv_memory} holds no page; one page of {PAGE_SIZE} tokens takes "
+            f"{format_bytes(page_bytes)}"
+        )
+    if options.max_model_len and num_pages * PAGE_SIZE < options.max_model_len:
+        raise OutOfMemory(
+            f"a context of {options.max_model_len} tokens needs {format_bytes(options.max_model_len * per_token)} "
+            f"of KV cache; {format_bytes(kv_bytes)} is available, which holds {num_pages * PAGE_SIZE} tokens"
+        )
+    return EnginePlan(
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]
+        max_model_len=min(wanted_len, num_pages * PAGE_SIZE),
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        kv_bytes=num_pages * page_bytes,
+        weight_bytes=weights,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+    )
+
+
+def _round_up(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_SIZE) * PAGE_SIZE
+
+
+def _too_large(
+    dtype: str, device: str, need: int, have: int, weight_bytes_of: dict[str, int]
+) -> str:
+    fits = [d for d, b in weight_bytes_of.items() if d != dtype and b * 1.02 + 2**28 < have]
+    advice = (
+        f"; --dtype {fits[0]} would fit" if fits else "; a smaller or quantised model would fit"
+    )
+    return f"the model needs {format_bytes(need)} in {dtype}, but {device} has {format_bytes(have)} free{advice}"

@@ -1,0 +1,51 @@
+"""The operations, each with a reference, a Triton kernel and the choice between them.
+
+Everything public is here by name (`from hayate.kernels import linear`). A function may have the
+name of its file; then the attribute of the package is the function.
+"""
+
+from hayate.kernels._dispatch import Implementation, implementation_for, use
+from hayate.kernels.attention import attention, attention_scores
+from hayate.kernels.elementwise import add, mul, relu2, scale, silu, silu_and_mul
+from hayate.kernels.embedding import embedding
+from hayate.kernels.linear import Activation, gemm, gemm_batched, gemv, linear
+from hayate.kernels.moe import moe_mlp, moe_route
+from hayate.kernels.norm import Norm, apply_norm, layernorm1p, rmsnorm, rmsnorm_residual
+from hayate.kernels.rope import rope, rope_and_cache, rope_freqs
+from hayate.kernels.sampling import advance_decode, argmax, sample
+from hayate.kernels.softmax import softmax, softmax_topk
+
+__all__ = [
+    "Activation",
+    "Implementation",
+    "Norm",
+    "add",
+    "advance_decode",
+    "apply_norm",
+    "argmax",
+    "attention",
+    "attention_scores",
+    "embedding",
+    "gemm",
+    "gemm_batched",
+    "gemv",
+    "implementation_for",
+    "layernorm1p",
+    "linear",
+    "moe_mlp",
+    "moe_route",
+    "mul",
+    "relu2",
+    "rmsnorm",
+    "rmsnorm_residual",
+    "rope",
+    "rope_and_cache",
+    "rope_freqs",
+    "sample",
+    "scale",
+    "silu",
+    "silu_and_mul",
+    "softmax",
+    "softmax_topk",
+    "use",
+]

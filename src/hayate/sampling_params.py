@@ -1,0 +1,211 @@
+"""SamplingParams: how one request chooses its tokens and when it stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hayate.errors import UsageError
+
+if TYPE_CHECKING:
+    from hayate.text.tokenizer import GenerationDefaults
+
+MAX_LOGPROBS = 100
+MAX_STOPS = 64
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling options of one request, in the field's usual words.
+
+    None means "as the checkpoint's generation_config.json says", and where that is silent: greedy,
+    filters off. The order in which the options act on the logits is written in
+    `runtime/sampler.py`.
+
+    Raises:
+        UsageError: a value is of the wrong type or outside its range; the message names field and
+        value.
+    """
+
+    n: int = 1  # samples of the same prompt
+    temperature: float | None = None  # 0 = greedy
+    top_p: float | None = None  # 1 = off
+    top_k: int | None = None  # 0 or -1 = off
+    min_p: float | None = None  # 0 = off
+    repetition_penalty: float | None = None  # 1 = off; over prompt and output
+    presence_penalty: float = 0.0  # over the output
+    frequency_penalty: float = 0.0  # over the output
+    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    seed: int | None = None  # None = drawn anew
+    stop: tuple[str, ...] = ()  # a single string or any iterable of strings is accepted
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int | None = None  # None = until the context is full
+    min_tokens: int = 0  # nothing stops the sequence before
+    logprobs: int | None = None  # how many of the most likely tokens to report at each position
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._set("logit_bias", _logit_bias(self.logit_bias))
+        self._set("stop", _stop_strings(self.stop))
+        self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise _error(name, getattr(self, name), "True or False")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _error(
+                "min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}"
+            )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_numbers(self) -> None:
+        self._real("temperature", 0.0, math.inf)
+        self._real("top_p", 0.0, 1.0, low_open=True)
+        self._real("min_p", 0.0, 1.0)
+        self._real("repetition_penalty", 0.0, math.inf, low_open=True)
+        self._real("presence_penalty", -2.0, 2.0, optional=False)
+        self._real("frequency_penalty", -2.0, 2.0, optional=False)
+        self._integer("n", 1, optional=False)
+        self._integer("top_k", -1)
+        self._integer("seed", 0, MAX_SEED)
+        self._integer("max_tokens", 1)
+        self._integer("min_tokens", 0, optional=False)
+        self._integer("logprobs", 0, MAX_LOGPROBS)
+
+    def _real(
+        self, name: str, low: float, high: float, *, low_open: bool = False, optional: bool = True
+    ) -> None:
+        """Check for a finite number in [low, high], or (low, high]; make the field a float."""
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        bounds = f"above {low:g}" if low_open else f"at least {low:g}"
+        if math.isfinite(high):
+            bounds += f" and at most {high:g}"
+        number = _finite(value)
+        if number is None or number < low or number > high or (low_open and number == low):
+            raise _error(name, value, f"a number {bounds}")
+        self._set(name, number)
+
+    def _integer(
+        self, name: str, low: int, high: int | None = None, *, optional: bool = True
+    ) -> None:
+        """Check that the field is an integer in [low, high] and make it an int."""
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        number = _integer(value)
+        if number is None or number < low or (high is not None and number > high):
+            limit = "" if high is None else f" and at most {high}"
+            raise _error(name, value, f"an integer, at least {low}{limit}")
+        self._set(name, number)
+
+    def resolved(self, defaults: GenerationDefaults) -> SamplingParams:
+        """These options with every None that concerns sampling filled in.
+
+        The checkpoint's recommendation comes first; then temperature 0 when it does not ask for
+        sampling (1 when it does), top_p 1, top_k 0, min_p 0, repetition_penalty 1. In the result
+        `top_k` is 0 when off. `max_tokens`, `seed` and `logprobs` stay as they are.
+        """
+        temperature = _first(defaults.temperature, 1.0) if defaults.do_sample else 0.0
+        top_k = int(_first(self.top_k, defaults.top_k, 0))
+        return replace(
+            self,
+            temperature=_first(self.temperature, temperature),
+            top_p=_first(self.top_p, defaults.top_p, 1.0),
+            top_k=max(top_k, 0),
+            min_p=_first(self.min_p, defaults.min_p, 0.0),
+            repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty, 1.0),
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """UsageError when `logit_bias` or `stop_token_ids` name an id of vocab_size or more."""
+        for name, ids in (
+            ("logit_bias", self.logit_bias or ()),
+            ("stop_token_ids", self.stop_token_ids),
+        ):
+            for token_id in ids:
+                if token_id >= vocab_size:
+                    raise _error(
+                        name, token_id, f"token ids below the vocabulary size {vocab_size}"
+                    )
+
+
+def _error(name: str, value: object, expected: str) -> UsageError:
+    return UsageError(f"{name} must be {expected}; it is {value!r}")
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def _finite(value: object) -> float | None:
+    """`value` as a float, or None when it is not a finite real number (bool and str are not)."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _integer(value: object) -> int | None:
+    """`value` as an int, or None when it is not an integer (bool is not, 2.0 is not)."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    return value.__index__()
+
+
+def _logit_bias(value: object) -> dict[int, float] | None:
+    """Keys may be ids written as strings, as JSON objects have them."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _error("logit_bias", value, "a mapping from token id to a number")
+    result: dict[int, float] = {}
+    for key, bias in value.items():
+        token_id = int(key) if isinstance(key, str) and key.isdecimal() else _integer(key)
+        number = _finite(bias)
+        if token_id is None or token_id < 0:
+            raise _error("logit_bias", key, "a mapping from token ids, 0 or above")
+        if number is None:
+            raise _error("logit_bias", bias, f"a finite number for token {token_id}")
+        result[token_id] = number
+    return result
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Iterable):
+        raise _error("stop", value, "a string or a list of strings")
+    result = tuple(strings)
+    if len(result) > MAX_STOPS:
+        raise _error("stop", len(result), f"at most {MAX_STOPS} strings")
+    for string in result:
+        if not isinstance(string, str) or not string:
+            raise _error("stop", string, "a string, or a list of strings, none of them empty")
+    return result
+
+
+def _stop_token_ids(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise _error("stop_token_ids", value, "a list of token ids")
+    result = []
+    for item in value:
+        token_id = _integer(item)
+        if token_id is None or token_id < 0:
+            raise _error("stop_token_ids", item, "a list of token ids, 0 or above")
+        result.append(token_id)
+    return tuple(result)
