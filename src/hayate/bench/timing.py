@@ -56,17 +56,21 @@ class Pass:
         if device.type == "cuda":
             once = len(operands) * (least_seconds + _LAUNCH_SECONDS)
             rounds = min(-(-_GRAPH_SECONDS // once), _MAX_LAUNCHES // len(operands))
+            self._warm_up(device)
             self._operands *= max(int(rounds), 1)
-            self._capture(device)
+            self._capture()
 
-    def _capture(self, device: torch.device) -> None:
+    def _warm_up(self, device: torch.device) -> None:
+        """Compile, and let the function do what it does once for each weight, outside the graph."""
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._function(self._operands[0])
+            for operands in self._operands:
+                self._function(operands)
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
+
+    def _capture(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.first = self._function(self._operands[0])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,14 +21,31 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hayate.kernels.cpu_library import library
+from hayate.kernels.cpu_library import library, native_status
 
 if TYPE_CHECKING:
     from hayate.kernels.norm import Norm
 
-_MAX_LINEAR_TOKENS = 8  # MAX_TOKENS of cpu.c; beyond, matrix units beat the reading of weights
+__all__ = [
+    "Recording",
+    "argmax",
+    "argmax_fits",
+    "attention",
+    "attention_fits",
+    "embedding",
+    "embedding_fits",
+    "empty_block",
+    "linear",
+    "linear_fits",
+    "native_status",
+    "rope_and_cache",
+    "rope_and_cache_fits",
+]
+
+_MAX_LINEAR_TOKENS = 8  # MAX_TOKENS of cpu.c
+_MAX_INPUT = 16384  # elements of x
 _MAX_QUERIES = 8  # a sequence; longer ones are a matrix product
-_MAX_HEAD_DIM = 256  # of cpu.c
+_MAX_HEAD_DIM = 256  # of cpu_attention.c
 _MAX_QKV_WIDTH = 1 << 16
 _HUGE_PAGE = 2 << 20
 _ALIGNMENT = 64
@@ -86,7 +104,7 @@ def _run(call: bytes, *tensors: Tensor | None) -> None:
     failed = native.run(call, len(call))
     if failed:
         raise IndexError(_BAD_INDEX)
-    if _recording is not None:
+    if _recording is not None and _recording.thread == threading.get_ident():
         _recording.add(call, tensors)
 
 
@@ -94,10 +112,16 @@ def _run(call: bytes, *tensors: Tensor | None) -> None:
 
 
 def linear_fits(x: Tensor, weight: Tensor) -> bool:
-    """x (T, D), weight (N, D) on the CPU, contiguous, both bf16 or fp32; T <= 8, no gradient."""
+    """x (T, D), weight (N, D) on the CPU, contiguous, both bf16 or both fp32, no gradient; few T.
+
+    Up to 4 tokens; up to 8 while x stays in the first cache. Beyond, matrix units are faster.
+    """
+    if x.dim() != 2:
+        return False
+    num_tokens, width = x.shape
     return (
-        x.dim() == 2
-        and 0 < x.shape[0] <= _MAX_LINEAR_TOKENS
+        0 < num_tokens <= _MAX_LINEAR_TOKENS
+        and (num_tokens <= 4 or num_tokens * width <= _MAX_INPUT)
         and weight.dtype is x.dtype
         and weight.is_cpu
         and weight.is_contiguous()
@@ -286,6 +310,8 @@ def attention(
 ) -> Tensor:
     """As `kernels.attention.attention`, where `attention_fits`. Rows of padding are zero.
 
+    The longest key is found in `seq_lens`, so a recording may be replayed with longer ones.
+
     IndexError: a sequence needs a page that its page table does not hold.
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -430,6 +456,7 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.reason: str | None = None  # why this cannot be replayed
+        self.thread = threading.get_ident()  # whose calls are recorded
         self._calls: list[bytes] = []
         self._tensors: list[tuple[Tensor | None, ...]] = []
         self._program = b""

@@ -55,7 +55,7 @@ def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rmsnorm` in PyTorch."""
     x32 = x.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * scale * weight.float()).to(x.dtype)
+    return (x32 * scale * weight).to(x.dtype)  # weight promoted on the fly
 
 
 def rmsnorm_residual_reference(

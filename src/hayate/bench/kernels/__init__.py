@@ -117,7 +117,8 @@ def _measure(case: Case, on: Setting, runs: int) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         return row | {"note": "skipped: the memory is too small"}
     except Exception as failure:  # whatever a kernel raises says that this family does not work
-        raise _Wrong(f"{case.shape}: {type(failure).__name__}: {failure}") from failure
+        message = (str(failure).strip() or "no message").splitlines()[0]
+        raise _Wrong(f"{case.shape}: {type(failure).__name__}: {message}") from failure
     if not error <= 1:
         raise _Wrong(f"{case.shape}: the error is {error:.3g} times what rounding allows")
     rivals = {}
