@@ -402,8 +402,8 @@ def test_attention_equals_the_formula(case: tuple, dtype: torch.dtype, threads: 
 
 @needs_compiler
 def test_attention_ignores_padding_rows() -> None:
-    k_cache, v_cache = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8)
-    q = torch.randn(4, 2, 8)
+    k_cache, v_cache = randn(2, 2, 4, 1, 8, dtype=torch.float32)
+    q = randn(4, 2, 8, dtype=torch.float32, seed=1)
     arguments = {"max_seqlen_q": 1, "max_seqlen_k": 3, "scale": 0.5}
     table = torch.tensor([[1], [-1], [-1], [-1]], dtype=torch.int32)
     # Sequence 1 has a row and no key, sequences 2 and 3 neither; rows 2 and 3 have no sequence.
@@ -411,7 +411,8 @@ def test_attention_ignores_padding_rows() -> None:
     lengths = torch.tensor([3, 0, 0, 0], dtype=torch.int32)
     out = cpu.attention(q, k_cache, v_cache, table, starts, lengths, **arguments)  # type: ignore[arg-type]
     alone = exact_attention(q[:1], [k_cache[1, :3]], [v_cache[1, :3]], [1], 0.5, None)
-    torch.testing.assert_close(out[:1].double(), alone)
+    # The exponential's 4 u, the sums' few, and scores of at most 10 with a relative error of 2 u.
+    assert_within(out[:1], alone, 64 * U * v_cache.abs().max().item())
     assert not out[1:].any()
 
 

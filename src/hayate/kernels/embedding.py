@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from hayate.kernels import cpu
 from hayate.kernels._dispatch import implementation_for
 from hayate.kernels._triton import (
     gdc_launch_dependents,
@@ -92,6 +93,9 @@ def embedding(token_ids: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
 
     token_ids (T,) int64 or int32, each in [0, V): the GPU kernel does not check; weight (V, D).
     """
-    if implementation_for(weight) == "triton":
+    implementation = implementation_for(weight)
+    if implementation == "triton":
         return _embedding_triton(token_ids, weight, scale)
+    if implementation == "native" and scale == 1.0 and cpu.embedding_fits(token_ids, weight):
+        return cpu.embedding(token_ids, weight)
     return embedding_reference(token_ids, weight, scale)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hayate.errors import UsageError
-from hayate.kernels import elementwise
+from hayate.kernels import cpu, elementwise
 from hayate.kernels._dispatch import implementation_for, interpreting
 from hayate.kernels.gemv import launch_gemv
 from hayate.kernels.norm import Norm, apply_norm, apply_norm_reference
@@ -123,11 +123,8 @@ def linear(
     implementation = implementation_for(x)
     if implementation == "triton" and not (weight.requires_grad and torch.is_grad_enabled()):
         return _linear_triton(x, weight, bias, norm, activation, residual)
-    if implementation == "native":
-        from hayate.kernels import cpu
-
-        if cpu.linear_fits(x, weight):
-            return cpu.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
+    if implementation == "native" and cpu.linear_fits(x, weight):
+        return cpu.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
     return linear_reference(x, weight, bias, norm=norm, activation=activation, residual=residual)
 
 

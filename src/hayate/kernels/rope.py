@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hayate.kernels import cpu
 from hayate.kernels._dispatch import implementation_for
 from hayate.kernels._triton import (
     gdc_launch_dependents,
@@ -394,9 +395,12 @@ def rope_and_cache(
     Returns the rotated queries (T, H, K), contiguous, in qkv's dtype. Everything is computed in
     fp32 and rounded once.
     """
-    run = (
-        _rope_and_cache_triton if implementation_for(qkv) == "triton" else rope_and_cache_reference
-    )
+    run = rope_and_cache_reference
+    implementation = implementation_for(qkv)
+    if implementation == "triton":
+        run = _rope_and_cache_triton
+    elif implementation == "native" and cpu.rope_and_cache_fits(qkv, k_cache, v_cache):
+        run = cpu.rope_and_cache
     return run(
         qkv,
         k_cache,

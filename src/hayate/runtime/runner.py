@@ -11,6 +11,7 @@ from hayate.models.batch import Batch
 from hayate.models.decoder import CausalLM
 from hayate.models.rope_table import RopeTable
 from hayate.runtime.kv_cache import KVCache
+from hayate.runtime.recordings import DecodeRecordings
 from hayate.runtime.scheduler import Step
 from hayate.runtime.sequence import Sequence
 
@@ -31,12 +32,15 @@ class Runner:
             dtype=getattr(torch, plan.dtype),
         )
         self.rope = RopeTable(config.rope, plan.max_model_len, device=self.device)
+        self.recordings = DecodeRecordings(self) if self.device.type == "cpu" else None
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
         """Logits (S, V) after the last token of each sequence of `step`; advances `num_computed`."""
-        batch = self.build_batch(step.sequences, step.num_tokens)
-        logits = self.model(batch)
+        if step.kind == "decode" and self.recordings is not None:
+            logits = self.recordings.forward(step.sequences)
+        else:
+            logits = self.model(self.build_batch(step.sequences, step.num_tokens))
         for sequence, count in zip(step.sequences, step.num_tokens, strict=True):
             sequence.num_computed += count
         return logits
