@@ -65,7 +65,7 @@ def our_logits(model: CausalLM, ids: list[int], *, prompt_len: int) -> torch.Ten
     rows = [runner.all_logits(sequence)]
     for token in ids[prompt_len:]:
         sequence.output_ids.append(token)
-        rows.append(runner.forward(Step("decode", (sequence,), (1,))))
+        rows.append(runner.forward(Step("decode", (sequence,), (1,))).clone())
     return torch.cat(rows).float()
 
 

@@ -56,12 +56,25 @@ class SmallGemmConfig(NamedTuple):
     num_stages: int
 
 
-def small_gemm_config(n: int, k: int, block_m: int, sms: int) -> SmallGemmConfig:
+# Best of a sweep on an H200 with 8 rows (docs/log.md): (N, K) -> cut. Up to 147 KB of shared memory,
+# so for cards of compute capability 9.0 and 10.0 only.
+_MEASURED: dict[tuple[int, int], SmallGemmConfig] = {
+    (6144, 4096): SmallGemmConfig(32, 128, 2, 4, 6),
+    (4096, 4096): SmallGemmConfig(32, 256, 1, 4, 6),
+    (4096, 11520): SmallGemmConfig(32, 256, 1, 4, 6),
+}
+
+
+def small_gemm_config(
+    n: int, k: int, block_m: int, sms: int, *, large_shared: bool = False
+) -> SmallGemmConfig:
     """The cut for a weight (n, k) and x padded to block_m rows; `block_n` counts gate and up alike.
 
     A block of 60 or 80 KB has 48 or 64 KB of W on the way, and two or three of them fit on a
-    multiprocessor of an H200, one on cards that have 99 KB.
+    multiprocessor of an H200, one on cards that have 99 KB. `large_shared`: a program may have 200.
     """
+    if large_shared and block_m == 16 and (n, k) in _MEASURED:
+        return _MEASURED[n, k]
     if block_m == 16:
         block_n, block_k, num_warps, num_stages, blocks_per_sm = 64, 128, 4, 4, 3
     else:
@@ -221,7 +234,9 @@ def launch_small_gemm(
     gated = activation == "silu_and_mul"
     n_out = n // 2 if gated else n
     block_m = max(16, next_power_of_2(rows))
-    config = config or small_gemm_config(n, k, block_m, num_sms(x.device))
+    if config is None:
+        large = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+        config = small_gemm_config(n, k, block_m, num_sms(x.device), large_shared=large)
     constexprs = _constexprs(config, k, rows, activation)
     tiles = cdiv(n_out, constexprs["BN"])
     out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
@@ -253,9 +268,15 @@ def launch_small_gemm(
 
 
 def _register(
-    n: int, k: int, rows: int, activation: str | None = None, residual: bool = False
+    n: int,
+    k: int,
+    rows: int,
+    activation: str | None = None,
+    residual: bool = False,
+    large_shared: bool = False,
 ) -> None:
-    config = small_gemm_config(n, k, max(16, next_power_of_2(rows)), 132)
+    block_m = max(16, next_power_of_2(rows))
+    config = small_gemm_config(n, k, block_m, 132, large_shared=large_shared)
     pointers = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16"}
     absent: dict[str, Any] = {"bias_ptr": None}
     if residual:
@@ -268,6 +289,7 @@ def _register(
         absent |= {"workspace_ptr": None, "counter_ptr": None}
     integers = {"rows": "i32", "N_out": "i32:16", "x_stride": "i32:16", "residual_stride": "i32:16"}
     parts = [f"small_gemm_{n}x{k}_m{rows}", activation, "residual" if residual else None]
+    parts.append("large" if large_shared else None)
     register_compile(
         _small_gemm_kernel,
         "_".join(part for part in parts if part),
@@ -275,6 +297,8 @@ def _register(
         absent | _constexprs(config, k, rows, activation),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        min_cc=90 if large_shared else 80,
+        max_cc=100 if large_shared else 999,
     )
 
 
@@ -286,3 +310,4 @@ for _rows in (16, 32):
     _register(131072, 4096, _rows)
 _register(9216, 3072, 16, activation="relu2")
 _register(3072, 576, 16, activation="silu_and_mul")
+_register(4096, 11520, 8, residual=True, large_shared=True)

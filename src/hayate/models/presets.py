@@ -1,6 +1,6 @@
 """Full-size architectures by name, for benchmarks on random weights and for training from nothing.
 
-Each entry is the config.json of the model it is named after (sources: docs/models.md).
+Each entry is the config.json of the model it is named after.
 """
 
 from __future__ import annotations
