@@ -26,6 +26,7 @@ _DTYPE_NAMES = {
     "float": "float32",
     "float32": "float32",
 }
+_DEFAULT_SEQS, _DEFAULT_LEN = 16, 8192  # what the KV cache has room for when nobody says
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -149,9 +150,12 @@ def resolve_plan(
                 f"({format_bytes(weights)}) {device} has {format_bytes(left)} free; at most that fits"
             )
     else:
-        # Half of what is left, but never more than every sequence at full length could use.
-        kv_bytes = min(left // 2, options.max_num_seqs * _round_up(wanted_len) * per_token)
-        kv_bytes = max(kv_bytes, min(left, _round_up(wanted_len) * per_token))
+        # Room for one sequence at full length, or for 16 of up to 8,192 tokens; at most half of what
+        # is left, unless one sequence needs more.
+        one = _round_up(wanted_len)
+        some = min(options.max_num_seqs, _DEFAULT_SEQS) * min(one, _DEFAULT_LEN)
+        kv_bytes = min(left // 2, max(one, some) * per_token)
+        kv_bytes = max(kv_bytes, min(left, one * per_token))
     num_pages = kv_bytes // page_bytes
     if num_pages < 1:
         raise OutOfMemory(

@@ -68,6 +68,7 @@ def _linear_triton(
     norm: Norm | None,
     activation: Activation | None,
     residual: Tensor | None,
+    overwrite_residual: bool,
 ) -> Tensor:
     rows = x.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -83,6 +84,8 @@ def _linear_triton(
     if ours and rows <= SMALL_GEMM_MAX_ROWS:
         return launch_small_gemm(x, weight, bias, activation, residual)
     if residual is not None and activation is None and bias is None:
+        if overwrite_residual:
+            return residual.addmm_(x, weight.t())
         return torch.addmm(residual, x, weight.t())
     y = torch.nn.functional.linear(x, weight, bias)
     if activation is not None:
@@ -98,6 +101,7 @@ def linear(
     norm: Norm | None = None,
     activation: Activation | None = None,
     residual: Tensor | None = None,
+    overwrite_residual: bool = False,
 ) -> Tensor:
     """residual + act(norm(x) @ weight^T + bias).
 
@@ -109,9 +113,11 @@ def linear(
         norm: taken of the rows of x first.
         activation: relu2(y) = max(y, 0)^2; silu(y) = y * sigmoid(y);
             silu_and_mul([gate, up]) = silu(gate) * up.
-        residual: (T, N), or (T, F) with `silu_and_mul`; not changed.
+        residual: (T, N), or (T, F) with `silu_and_mul`; not changed, unless the next is true.
+        overwrite_residual: the result may take the memory of `residual`, which then holds it: saves
+            the copy that PyTorch's matrix product with an addend begins with.
 
-    Returns a new tensor, (T, N) or (T, F), of x's dtype. Sums are taken in fp32.
+    Returns (T, N) or (T, F), of x's dtype. Sums are taken in fp32.
     """
     if x.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise UsageError(
@@ -122,7 +128,7 @@ def linear(
         raise UsageError(f"linear takes x and weight of one dtype, got {x.dtype}, {weight.dtype}")
     implementation = implementation_for(x)
     if implementation == "triton" and not (weight.requires_grad and torch.is_grad_enabled()):
-        return _linear_triton(x, weight, bias, norm, activation, residual)
+        return _linear_triton(x, weight, bias, norm, activation, residual, overwrite_residual)
     if implementation == "native" and cpu.linear_fits(x, weight):
         return cpu.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
     return linear_reference(x, weight, bias, norm=norm, activation=activation, residual=residual)

@@ -33,7 +33,14 @@ class Linear(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor:
         return linear(
-            x, self.weight, self.bias, norm=norm, activation=activation, residual=residual
+            x,
+            self.weight,
+            self.bias,
+            norm=norm,
+            activation=activation,
+            residual=residual,
+            # The residual stream is only read by its next block; autograd needs it whole.
+            overwrite_residual=not torch.is_grad_enabled(),
         )
 
 

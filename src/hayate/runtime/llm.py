@@ -48,7 +48,8 @@ class LLM:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `N`.
         dtype: of weights, activations and cache; `auto` is the checkpoint's own.
         max_model_len: longest prompt and output together, in tokens; default: as config.json says, if it fits.
-        kv_memory: bytes, "4G", or "50%" of what is free after the weights; default: half of that.
+        kv_memory: bytes, "4G", or "50%" of what is free after the weights; default: room for one sequence at
+            full length, or for 16 of up to 8,192 tokens, and at most half of what is free.
         revision: branch, tag or commit of a hub id.
         progress: called with (bytes read, bytes in all) while loading.
 
