@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from hayate.errors import DeviceError, UsageError
+from hayate.errors import DeviceError, GpuFault, OutOfMemory, UsageError
 
 
 def resolve_device(text: str) -> torch.device:
@@ -72,6 +74,20 @@ def free_bytes(device: torch.device) -> int:
         cached = int(stat[stat.index("inactive_file") + 1]) if "inactive_file" in stat else 0
         available = min(available, int(limit) - used + cached)
     return max(available, 0)
+
+
+@contextmanager
+def device_errors(device: torch.device, *, doing: str) -> Iterator[None]:
+    """PyTorch's errors of memory and of the GPU, as ours: OutOfMemory and GpuFault."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{device} ran out of memory while {doing}: {str(error).splitlines()[0]} "
+            "Use a smaller --kv-memory or --max-model-len, or free the GPU"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise GpuFault(f"the GPU failed while {doing}: {str(error).splitlines()[0]}") from error
 
 
 def supports_bfloat16(device: torch.device) -> bool:

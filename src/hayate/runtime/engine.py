@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 
 from hayate.config import EnginePlan
-from hayate.errors import GpuFault, ModelError, OutOfMemory
+from hayate.errors import ModelError
 from hayate.models.decoder import CausalLM
+from hayate.runtime.device import device_errors
 from hayate.runtime.graphs import DecodeGraphs, PendingTokens
 from hayate.runtime.outputs import PositionLogprobs, StreamChunk, TokenLogprob
 from hayate.runtime.page_allocator import PageAllocator
@@ -75,15 +76,8 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one step and return what it produced (on a GPU, what the step before produced)."""
-        try:
+        with device_errors(self.runner.device, doing="running"):
             return self._step()
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"{self.plan.device} ran out of memory while running: {str(error).splitlines()[0]} "
-                "Use a smaller --kv-memory or --max-model-len"
-            ) from error
-        except torch.AcceleratorError as error:
-            raise GpuFault(f"the GPU failed while running: {str(error).splitlines()[0]}") from error
 
     def _step(self) -> list[Event]:
         if self._pending is not None:
@@ -109,7 +103,10 @@ class Engine:
 
     def _can_launch_ahead(self, pending: PendingTokens) -> bool:
         """The same sequences can take one more step before the host knows their last token."""
+        assert self.graphs is not None
         if self.scheduler.waiting or len(self.scheduler.running) != len(pending.sequences):
+            return False
+        if not self.graphs.continues(pending.sequences):
             return False
         if any(
             s.status != "running" or s.num_in_flight >= _tokens_left(s) for s in pending.sequences
@@ -119,12 +116,15 @@ class Engine:
 
     def _launch(self, sequences: tuple[Sequence, ...]) -> PendingTokens:
         assert self.graphs is not None
+        has_next_slots = True
         for sequence in sequences:
             # The graph also finds the slot of the token after this one, where there will be one.
             room = min(sequence.num_computed + 2, sequence.max_len)
-            if not self.pages.extend(sequence, room):
-                self.pages.extend(sequence, sequence.num_computed + 1)
-        return self.graphs.step(sequences)
+            has_next_slots = self.pages.extend(sequence, room) and has_next_slots
+        pending = self.graphs.step(sequences)
+        if not has_next_slots:
+            self.graphs.reset()  # the next step begins with the slots written by the host
+        return pending
 
     def _receive(self, pending: PendingTokens) -> list[Event]:
         events = []

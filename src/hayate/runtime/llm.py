@@ -92,15 +92,16 @@ class LLM:
             shapes = dict(CausalLM(config, dtype=torch_dtype).named_parameters())
         placed = placements(config)
         check_placements(checkpoint, shapes, placed, IGNORED_TENSORS)
-        network = build_model(config, device=target, dtype=torch_dtype)
-        self.load_report: LoadReport | None = load(
-            checkpoint,
-            dict(network.named_parameters()),
-            placed,
-            ignore=IGNORED_TENSORS,
-            progress=progress,
-        )
-        self._start(config, plan, network)
+        with devices.device_errors(target, doing="loading"):
+            network = build_model(config, device=target, dtype=torch_dtype)
+            self.load_report: LoadReport | None = load(
+                checkpoint,
+                dict(network.named_parameters()),
+                placed,
+                ignore=IGNORED_TENSORS,
+                progress=progress,
+            )
+            self._start(config, plan, network)
 
     @classmethod
     def from_random(
