@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hayate.bench import roofline
+from hayate.bench.rival import Transformers, short_run
 from hayate.bench.subject import environment, open_llm, random_prompts
 from hayate.config import DTYPE_BYTES
 from hayate.errors import HayateError, UsageError
@@ -55,7 +56,7 @@ def run(
     check_decode(llm, prompts[0], new_tokens=min(new_tokens, 32))
     report("gate: decoded tokens agree with the logits of one prefill over prompt and answer")
 
-    rival = _Rival(model, llm) if compare else None
+    rival = Transformers(model, llm) if compare else None
     ours, theirs = [], []
     for _run in range(runs + 1):  # the first warms up
         ours.append(decode_rate(llm, prompts, new_tokens))
@@ -93,13 +94,9 @@ def decode_rate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> float:
 
     The time of a short run is subtracted from that of the whole one, so that what both do cancels.
     """
-    short = _short(new_tokens)
+    short = short_run(new_tokens)
     seconds = _generate(llm, prompts, new_tokens) - _generate(llm, prompts, short)
     return len(prompts) * (new_tokens - short) / seconds
-
-
-def _short(new_tokens: int) -> int:
-    return 8 if new_tokens > 16 else 1
 
 
 def _generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> float:
@@ -129,45 +126,3 @@ def check_decode(llm: LLM, prompt: list[int], *, new_tokens: int) -> None:
             f"decoding disagrees with prefill: a token's logit is {gap.max():.3g} of the scale below the best "
             f"(limit {limit:.3g}); no speed is reported for wrong results"
         )
-
-
-class _Rival:
-    """transformers' `generate` on the same folder, dtype and device."""
-
-    def __init__(self, model: str | None, llm: LLM) -> None:
-        if model is None or llm.folder is None:
-            raise UsageError(
-                "--compare transformers needs --model: it has to load the same weights"
-            )
-        try:
-            import transformers
-        except ImportError:
-            raise UsageError("--compare transformers: transformers is not installed") from None
-        self.version = transformers.__version__
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            llm.folder, dtype=getattr(torch, llm.plan.dtype)
-        ).to(llm.device)
-
-    @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """Seconds to generate exactly `new_tokens` for each prompt."""
-        ids = torch.tensor(prompts, device=self.model.device)
-        start = time.perf_counter()
-        self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            pad_token_id=0,
-        )
-        return time.perf_counter() - start
-
-    def decode_rate(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """As ours."""
-        short = _short(new_tokens)
-        seconds = self.generate(prompts, new_tokens) - self.generate(prompts, short)
-        return len(prompts) * (new_tokens - short) / seconds
-
-    def prefill_rate(self, prompts: list[list[int]]) -> float:
-        return sum(map(len, prompts)) / self.generate(prompts, 1)

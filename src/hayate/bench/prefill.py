@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hayate.bench import roofline
-from hayate.bench.decode import _Rival, check_decode
+from hayate.bench.decode import check_decode
+from hayate.bench.rival import Transformers
 from hayate.bench.subject import environment, open_llm, random_prompts
 from hayate.config import DTYPE_BYTES
 from hayate.sampling_params import SamplingParams
@@ -49,7 +50,7 @@ def run(
     check_decode(llm, random_prompts(llm, batch=1, length=min(prompt_tokens, 256))[0], new_tokens=4)
     report("gate: decoded tokens agree with the logits of one prefill over prompt and answer")
 
-    rival = _Rival(model, llm) if compare else None
+    rival = Transformers(model, llm) if compare else None
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     times, theirs = [], []
     for seed in range(runs + 1):  # the first warms up; other tokens each time

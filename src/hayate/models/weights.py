@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hayate.checkpoint.placements import Placement
+from hayate.checkpoint.placements import Placement, concat, stack
 from hayate.models.config import ModelConfig, MoEConfig
 
 # Tensors old checkpoints carry that no decoder needs.
@@ -22,38 +22,25 @@ def placements(config: ModelConfig) -> list[Placement]:
 def _layer(config: ModelConfig, layer: int) -> Iterator[Placement]:
     prefix = f"model.layers.{layer}."
     HK, GK = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    kinds = ["weight"] + ["bias"] * config.qkv_bias
-    for kind in kinds:
-        target = f"{prefix}self_attn.qkv_proj.{kind}"
-        sources = {
-            f"{prefix}self_attn.{name}_proj.{kind}": n
-            for name, n in zip("qkv", (HK, GK, GK), strict=True)
-        }
-        yield from _concat(target, sources)
+    for kind in ["weight"] + ["bias"] * config.qkv_bias:
+        sources = [f"{prefix}self_attn.{name}_proj.{kind}" for name in "qkv"]
+        yield from concat(f"{prefix}self_attn.qkv_proj.{kind}", sources, (HK, GK, GK))
     if config.moe is not None and config.is_sparse(layer):
         yield from _experts(config.moe, prefix)
     elif config.activation == "silu_and_mul":
         for kind in ["weight"] + ["bias"] * config.mlp_bias:
-            names = (f"{prefix}mlp.gate_proj.{kind}", f"{prefix}mlp.up_proj.{kind}")
-            yield from _concat(
-                f"{prefix}mlp.gate_up_proj.{kind}", dict.fromkeys(names, config.ffn_size)
+            sources = [f"{prefix}mlp.{name}_proj.{kind}" for name in ("gate", "up")]
+            yield from concat(
+                f"{prefix}mlp.gate_up_proj.{kind}", sources, (config.ffn_size, config.ffn_size)
             )
 
 
-def _concat(target: str, sources: dict[str, int]) -> Iterator[Placement]:
-    start = 0
-    for source, rows in sources.items():
-        yield Placement(source, target, (slice(start, start + rows),))
-        start += rows
-
-
 def _experts(moe: MoEConfig, prefix: str) -> Iterator[Placement]:
+    def tensors(name: str) -> list[str]:
+        return [f"{prefix}{moe.experts}.{e}.{name}.weight" for e in range(moe.num_experts)]
+
     F = moe.ffn_size
     yield Placement(f"{prefix}{moe.router}.weight", f"{prefix}mlp.router.weight", ())
-    for e in range(moe.num_experts):
-        expert = f"{prefix}{moe.experts}.{e}."
-        yield Placement(f"{expert}{moe.gate}.weight", f"{prefix}mlp.gate_up_proj", (e, slice(0, F)))
-        yield Placement(
-            f"{expert}{moe.up}.weight", f"{prefix}mlp.gate_up_proj", (e, slice(F, 2 * F))
-        )
-        yield Placement(f"{expert}{moe.down}.weight", f"{prefix}mlp.down_proj", (e,))
+    yield from stack(f"{prefix}mlp.gate_up_proj", tensors(moe.gate), slice(0, F))
+    yield from stack(f"{prefix}mlp.gate_up_proj", tensors(moe.up), slice(F, 2 * F))
+    yield from stack(f"{prefix}mlp.down_proj", tensors(moe.down))
