@@ -194,3 +194,38 @@ def test_memory_is_checked_before_loading(pair):
 
 def test_package_surface():
     assert set(hayate.__all__) == {"LLM", "SamplingParams", "__version__"}
+
+
+def test_two_streams_in_turn(pair):
+    """Streams advanced in turn, with a whole request between, give what each gives alone."""
+    llm, _ = pair
+    alone = [llm.generate(t, GREEDY)[0].outputs[0].text for t in TEXT[:2]]
+    first, second = (llm.stream(t, GREEDY) for t in TEXT[:2])
+    texts = [next(first).text, next(second).text]
+    llm.generate(TEXT[2], GREEDY)
+    texts[0] += "".join(c.text for c in first)
+    rest = list(second)
+    texts[1] += "".join(c.text for c in rest)
+    assert texts == alone
+    assert rest[-1].request is not None
+
+
+def test_a_failed_step_leaves_the_others_whole(pair, monkeypatch):
+    """A step that raises: the stream that was open goes on afterwards, with the same text."""
+    llm, _ = pair
+    wanted = llm.generate(TEXT[0], GREEDY)[0].outputs[0].text
+    stream = llm.stream(TEXT[0], GREEDY)
+    text = "".join(next(stream).text for _ in range(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine.sampler, "sample", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(TEXT[1], GREEDY)
+    assert text + "".join(c.text for c in stream) == wanted
+    assert llm.engine.pages.num_free == llm.plan.num_pages
+
+
+@pytest.mark.parametrize("prompt", [[1, "a"], [1.5, 2], [True, 3], None])
+def test_prompts_of_wrong_types_are_refused(pair, prompt):
+    llm, _ = pair
+    with pytest.raises(UsageError, match="prompt"):
+        llm.generate([prompt], GREEDY)

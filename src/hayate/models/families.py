@@ -44,7 +44,11 @@ def _sizes(config: ConfigReader, *, kv_default: int | None, head_dim_default: in
     """The fields every architecture has."""
     hidden = config.require("hidden_size", int)
     heads = config.require("num_attention_heads", int)
-    kv_heads = config.get("num_key_value_heads", int, None) or kv_default or heads
+    given = "num_key_value_heads" in config  # an explicit null means: as many as heads
+    kv_heads = config.get("num_key_value_heads", int, None) if given else kv_default
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads < 1 or kv_heads < 1:
+        raise ModelError(f"{config.where('num_key_value_heads')}: {heads} heads over {kv_heads}")
     head_dim = config.get("head_dim", int, None)
     for legacy in ("attention_head_dim", "kv_channels"):
         head_dim = head_dim or config.get(legacy, int, None)
@@ -179,6 +183,8 @@ def _experts(config: ConfigReader, key: str, **fields: Any) -> MoEConfig:
         raise ModelError(
             f"{config.where('num_experts_per_tok')} is {active}; there are {experts} experts"
         )
+    if fields["ffn_size"] < 1:
+        raise ModelError(f"{config.file}: the experts' width is {fields['ffn_size']}, not positive")
     return MoEConfig(num_experts=experts, num_active=active, **fields)
 
 
@@ -219,7 +225,9 @@ def _qwen3_moe(config: ConfigReader) -> dict:
         config, key, ffn_size=config.require("moe_intermediate_size", int), renormalize=renormalize
     )
     step = config.get("decoder_sparse_step", int, 1)
-    dense: set[int] = set(config.get("mlp_only_layers", list, []))
+    dense = set(_integers(config, "mlp_only_layers"))
+    if step < 1:
+        raise ModelError(f"{config.where('decoder_sparse_step')} is {step}; it must be at least 1")
     dense |= {i for i in range(sizes["num_layers"]) if (i + 1) % step}
     windows = {}
     if config.get("use_sliding_window", bool, False):
@@ -253,7 +261,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 def parse_config(config: ConfigReader) -> ModelConfig:
     """Turn an open config.json into a ModelConfig (see `load_config`)."""
     names = config.get("architectures", list, None) or []
-    name = next((n for n in names if n in FAMILIES), None)
+    name = next((n for n in names if isinstance(n, str) and n in FAMILIES), None)
     if name is None:
         found = ", ".join(map(str, names)) or "nothing"
         raise ModelError(
@@ -282,6 +290,11 @@ def parse_config(config: ConfigReader) -> ModelConfig:
 
 def _token_ids(config: ConfigReader, key: str) -> tuple[int, ...]:
     value = config.get(key, (int, list), None)
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    return (value,) if isinstance(value, int) else tuple(_integers(config, key))
+
+
+def _integers(config: ConfigReader, key: str) -> list[int]:
+    values = config.get(key, list, [])
+    if not all(type(v) is int for v in values):
+        raise ModelError(f"{config.where(key)} must hold integers only; it is {values}")
+    return values

@@ -46,12 +46,13 @@ def read_rope(
     parameters = config.section("rope_parameters")
     section = config.section("rope_scaling") or parameters
     if section is None:
-        return RopeParameters(
+        plain = RopeParameters(
             rope_type="default",
             theta=theta,
             rotary_dim=rotary_dim or int(head_dim * partial),
             max_position_embeddings=max_position_embeddings,
         )
+        return _checked(plain, config, head_dim)
     if parameters is not None and section is not parameters:
         theta = parameters.get("rope_theta", float, theta)
         partial = parameters.get("partial_rotary_factor", float, partial)
@@ -101,7 +102,27 @@ def read_rope(
             f"{section.where(unread[0])} is a RoPE option hayate does not implement; "
             "the model's positions would be wrong"
         )
-    return result
+    return _checked(result, section, head_dim)
+
+
+def _checked(rope: RopeParameters, config: ConfigReader, head_dim: int) -> RopeParameters:
+    """Refuse values that have no frequencies."""
+    sound = {
+        "rope_theta": rope.theta > 0 and (rope.theta != 1 or rope.rope_type != "yarn"),
+        "factor": rope.factor is None or rope.factor > 0,
+        "high_freq_factor": rope.rope_type != "llama3"
+        or rope.high_freq_factor != rope.low_freq_factor,
+        "beta_fast": rope.beta_fast > 0 and rope.beta_slow > 0,
+        "partial_rotary_factor": rope.rotary_dim % 2 == 0
+        and (2 if rope.rope_type != "dynamic" else 4) <= rope.rotary_dim <= head_dim,
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise ModelError(
+                f"{config.where(key)}: these RoPE values have no frequencies (theta {rope.theta}, factor "
+                f"{rope.factor}, {rope.rotary_dim} of {head_dim} channels rotated)"
+            )
+    return rope
 
 
 def _factors(

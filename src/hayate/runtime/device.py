@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from hayate.errors import DeviceError, GpuFault, OutOfMemory, UsageError
+from hayate.errors import DeviceError, GpuFault, HayateError, OutOfMemory, UsageError
 
 
 def resolve_device(text: str) -> torch.device:
@@ -78,16 +78,28 @@ def free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def device_errors(device: torch.device, *, doing: str) -> Iterator[None]:
-    """PyTorch's errors of memory and of the GPU, as ours: OutOfMemory and GpuFault."""
+    """Work on `device`; PyTorch's errors of memory and of the GPU become OutOfMemory and GpuFault."""
+    advice = "Use a smaller --kv-memory or --max-model-len, or free memory"
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"{device} ran out of memory while {doing}: {str(error).splitlines()[0]} "
-            "Use a smaller --kv-memory or --max-model-len, or free the GPU"
+            f"{device} ran out of memory while {doing}: {str(error).splitlines()[0]} {advice}"
         ) from error
     except torch.AcceleratorError as error:
         raise GpuFault(f"the GPU failed while {doing}: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # what PyTorch and Triton raise without a class of their own
+        text = str(error)
+        if isinstance(error, HayateError):
+            raise
+        if "can't allocate memory" in text or "ALLOC_FAILED" in text:
+            raise OutOfMemory(
+                f"{device} ran out of memory while {doing}: {text.splitlines()[0]} {advice}"
+            ) from error
+        if "CUDA error" in text or "Triton Error [CUDA]" in text:
+            raise GpuFault(f"the GPU failed while {doing}: {text.splitlines()[0]}") from error
+        raise
 
 
 def supports_bfloat16(device: torch.device) -> bool:

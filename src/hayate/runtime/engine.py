@@ -65,19 +65,31 @@ class Engine:
 
     def run(self, request: Request) -> Iterator[StreamChunk]:
         """Submit `request` and yield its chunks until it has finished; abort it if the caller stops early."""
+        request.streaming = True
         self.submit(request)
         try:
-            while not request.finished:
-                for owner, chunk in self.step():
-                    if owner is request:
-                        yield chunk
+            while request.chunks or not request.finished:
+                if request.chunks:  # also those of steps that another caller ran
+                    yield request.chunks.popleft()
+                else:
+                    self.step()
         finally:
             self.abort(request)
 
     def step(self) -> list[Event]:
-        """Run one step and return what it produced (on a GPU, what the step before produced)."""
-        with device_errors(self.runner.device, doing="running"):
-            return self._step()
+        """Run one step and return what it produced (on a GPU, what the step before produced).
+
+        When it raises, every sequence that was running starts over with the tokens it has.
+        """
+        try:
+            with device_errors(self.runner.device, doing="running"):
+                return self._step()
+        except BaseException:
+            self._pending = None
+            if self.graphs is not None:
+                self.graphs.reset()
+            self.scheduler.restart_running()
+            raise
 
     def _step(self) -> list[Event]:
         if self._pending is not None:
@@ -197,6 +209,8 @@ class Engine:
             (logprobs,) if logprobs is not None else (),
             request.result() if request.finished else None,
         )
+        if request.streaming:
+            request.chunks.append(chunk)
         return request, chunk
 
     def _finish(self, sequence: Sequence) -> None:

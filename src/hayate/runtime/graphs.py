@@ -105,8 +105,6 @@ class DecodeGraphs:
 
     def _write_rows(self, sequences: tuple[Sequence, ...], size: int) -> None:
         """Write the whole state for `sequences`, whose tokens are all known to the host."""
-        self._rows = sequences
-        self._num_pages = [len(s.page_ids) for s in sequences]
         B, pad = self.runner.plan.page_size, size - len(sequences)
         last = [s.num_tokens - 1 for s in sequences]
         assert all(s.num_computed == p for s, p in zip(sequences, last, strict=True))
@@ -131,9 +129,11 @@ class DecodeGraphs:
         if self._choice != "greedy":
             params = [s.params for s in sequences]
             write(self.temperature, [p.temperature for p in params])
-            write(self.top_k, [p.top_k for p in params])
+            write(self.top_k, [min(p.top_k or 0, 2**31 - 1) for p in params])
             write(self.top_p, [p.top_p for p in params], fill=1)
             write(self.min_p, [p.min_p for p in params])
+        self._rows = sequences
+        self._num_pages = [len(s.page_ids) for s in sequences]
 
     def _write_new_pages(self) -> None:
         for row, sequence in enumerate(self._rows):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,12 +120,13 @@ class LLM:
         config = preset if isinstance(preset, ModelConfig) else preset_config(preset)
         options = EngineOptions(device, dtype, max_model_len, kv_memory, max_num_seqs)
         plan = make_plan(config, options, target)
-        network = build_model(config, device=target, dtype=getattr(torch, plan.dtype))
-        init_random(network, seed)
         self = cls.__new__(cls)
         self.folder = self.tokenizer = self.load_report = None
         self.defaults = GenerationDefaults()
-        self._start(config, plan, network)
+        with devices.device_errors(target, doing="drawing the weights"):
+            network = build_model(config, device=target, dtype=getattr(torch, plan.dtype))
+            init_random(network, seed)
+            self._start(config, plan, network)
         return self
 
     def _start(self, config: ModelConfig, plan: EnginePlan, network: CausalLM) -> None:
@@ -184,7 +185,8 @@ class LLM:
                 f"{sequence.num_tokens} tokens do not fit the free part of the KV cache; raise kv_memory"
             )
         try:
-            return engine.runner.all_logits(sequence).float().cpu()
+            with devices.device_errors(self.device, doing="running"):
+                return engine.runner.all_logits(sequence).float().cpu()
         finally:
             engine.pages.release(sequence)
 
@@ -207,7 +209,7 @@ class LLM:
     def _prompt_list(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         if isinstance(prompts, str):
             return [prompts]
-        if prompts and isinstance(prompts[0], int):
+        if len(prompts) and hasattr(prompts[0], "__index__"):
             return [cast(Prompt, prompts)]
         return list(cast(Sequence[Prompt], prompts))
 
@@ -220,6 +222,8 @@ class LLM:
 
     def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
         if not isinstance(prompt, str):
+            if not isinstance(prompt, Iterable):
+                raise UsageError(f"a prompt is a text or a list of token ids, not {prompt!r}")
             return self._request_of(None, list(prompt), params)
         if self.tokenizer is None:
             raise UsageError("this model has no tokenizer; give token ids instead of text")
@@ -230,7 +234,7 @@ class LLM:
     ) -> Request:
         arrival = time.perf_counter()
         resolved = (params or SamplingParams()).resolved(self.defaults)
-        self._checked_ids(ids)
+        ids = self._checked_ids(ids)
         limit = self.plan.max_model_len
         if len(ids) >= limit:
             raise UsageError(
@@ -266,6 +270,9 @@ class LLM:
             raise UsageError(
                 "the prompt is empty: it has no tokens, not even one that begins a text"
             )
+        if odd := [i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__")]:
+            raise UsageError(f"a prompt of token ids holds {odd[0]!r}, which is not an integer")
+        ids = [int(i) for i in ids]
         if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
             raise UsageError(
                 f"token id {bad[0]} is outside the vocabulary (0 to {self.config.vocab_size - 1})"

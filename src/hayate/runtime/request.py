@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
-from hayate.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from hayate.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
 from hayate.runtime.sampler import SamplingRow
 from hayate.runtime.sequence import Sequence
 from hayate.runtime.stopping import StopChecker
@@ -28,6 +29,8 @@ class Request:
     prompt: str | None
     prompt_ids: list[int]
     samples: list[Sample]
+    streaming: bool = False  # whether `chunks` is filled
+    chunks: deque[StreamChunk] = field(default_factory=deque)  # produced, not yet handed on
     arrival: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     end: float | None = None

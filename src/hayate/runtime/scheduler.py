@@ -63,6 +63,12 @@ class Scheduler:
         sequence.status = "finished"
         self.pages.release(sequence)
 
+    def restart_running(self) -> None:
+        """After a failed step: all running sequences give back their pages and wait, in their order."""
+        for sequence in reversed(self.running.copy()):
+            sequence.num_in_flight = 0
+            self._preempt(sequence)
+
     def _prefill(self) -> Step | None:
         admitted: list[Sequence] = []
         counts: list[int] = []
