@@ -6,7 +6,6 @@ HAYATE_TEST_MODEL may name a checkpoint folder; its tokenizer is then tested as 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from hayate.checkpoint.smollm2 import smollm2_folder
 from hayate.text import detokenizer as module
 from hayate.text.detokenizer import IncrementalDetokenizer
 from hayate.text.tokenizer import Tokenizer
@@ -221,11 +221,9 @@ def test_what_is_held_stays_bounded(folder: Path) -> None:
         assert len(detokenizer._stream._utf8.getstate()[0]) < 4
 
 
+@pytest.mark.real_model
 def test_tokenizer_of_a_real_model() -> None:
-    name = os.environ.get("HAYATE_TEST_MODEL")
-    if not name or not (Path(name) / "tokenizer.json").is_file():
-        pytest.skip("HAYATE_TEST_MODEL names no folder with a tokenizer.json")
-    tokenizer = Tokenizer(name)
+    tokenizer = Tokenizer(smollm2_folder())
 
     @settings(deadline=None, max_examples=300)
     @given(pushes=streams(tokenizer), skip=st.booleans())

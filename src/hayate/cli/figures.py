@@ -24,7 +24,7 @@ def collect(llm: LLM, metrics: RequestMetrics) -> dict[str, Any]:
     return {
         "load_ms": round(load.seconds * 1e3, 1),
         "load_bytes": load.num_bytes,
-        "load_gb_per_s": round(load.num_bytes / load.seconds / 1e9, 3) if load.seconds else 0.0,
+        "load_gb_per_s": round(load.gigabytes_per_second, 3),
         "prompt_tokens": metrics.num_prompt_tokens,
         "prompt_ms": round(metrics.time_to_first_token * 1e3, 1),
         "prompt_tokens_per_s": round(metrics.prefill_tokens_per_second, 1),

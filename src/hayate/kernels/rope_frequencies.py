@@ -51,11 +51,6 @@ class RopeParameters:
             return self.factor
         return self.max_position_embeddings / self.original_length
 
-    @property
-    def depends_on_length(self) -> bool:
-        """True when the frequencies change with the current length of the sequence."""
-        return self.rope_type in ("dynamic", "longrope")
-
 
 def rope_frequencies(params: RopeParameters, seq_len: int | None = None) -> tuple[Tensor, float]:
     """Inverse frequencies (rotary_dim / 2,) in fp32, and the factor that scales cos and sin.
