@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"kernels", *LEAVES},
     "runtime": {"models", "kernels", *LEAVES},
     "bench": {"runtime", "models", "kernels", "", *LEAVES},  # "" for the version
-    "cli": {"bench", "runtime", "models", "kernels", "", *LEAVES},
+    "training": {"runtime", "models", "kernels", *LEAVES},
+    "cli": {"bench", "training", "runtime", "models", "kernels", "", *LEAVES},
     "__main__": {"cli"},
     "": {"runtime", *LEAVES},  # hayate/__init__.py
 }

@@ -90,6 +90,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The free-form `__metadata__` of `file`, empty when it has none. Raises ModelError as `read_header`."""
+    metadata = parse_json_object(_read_json_bytes(file)[0], file).get(
+        "__metadata__", JsonObject([])
+    )
+    _check_metadata(metadata, file)
+    return dict(metadata)
+
+
 def parse_json_object(raw: bytes, file: Path) -> JsonObject:
     """Parse strict JSON whose top level is an object; every object comes as a JsonObject.
 

