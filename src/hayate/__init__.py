@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "StructuredOutput", "__version__"]
 
 if TYPE_CHECKING:
+    from hayate.runtime.async_llm import AsyncLLM
     from hayate.runtime.llm import LLM
-    from hayate.sampling_params import SamplingParams
+    from hayate.sampling_params import SamplingParams, StructuredOutput
 
 
 def __getattr__(name: str) -> Any:
@@ -18,8 +19,12 @@ def __getattr__(name: str) -> Any:
         from hayate.runtime.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from hayate.sampling_params import SamplingParams
+    if name == "AsyncLLM":
+        from hayate.runtime.async_llm import AsyncLLM
 
-        return SamplingParams
+        return AsyncLLM
+    if name in ("SamplingParams", "StructuredOutput"):
+        from hayate import sampling_params
+
+        return getattr(sampling_params, name)
     raise AttributeError(f"module 'hayate' has no attribute {name!r}")

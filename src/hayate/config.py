@@ -27,6 +27,9 @@ _DTYPE_NAMES = {
     "float32": "float32",
 }
 _DEFAULT_SEQS, _DEFAULT_LEN = 16, 8192  # what the KV cache has room for when nobody says
+# Longest part of a prompt beside decoding sequences, which wait for it: some 50 ms on a GPU, 300 ms on a CPU.
+_DEFAULT_CHUNK = {"cuda": 2048, "cpu": 128}
+MAX_DRAFT_TOKENS = 15  # with the token before them, the 16 queries of the decode attention kernel
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -38,8 +41,18 @@ class EngineOptions:
     dtype: str = "auto"
     max_model_len: int | None = None
     kv_memory: str | int | None = None  # bytes, "4G", or a share of free memory such as "50%"
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256  # sequences computed in one step
+    max_num_batched_tokens: int = 8192  # tokens computed in one step
+    max_chunk_tokens: int | None = None  # of prompts, in a step in which sequences decode
+    prefix_cache: bool = True  # keep the pages of ended sequences for prompts that begin alike
+    batch_invariant: bool = False  # a sequence's tokens do not depend on what runs beside it
+    speculative: str | None = None  # "ngram", or a draft model: folder, built-in name or hub id
+    num_draft_tokens: int = 7  # at most so many guessed tokens are verified at once
+
+    @property
+    def draft_model(self) -> str | None:
+        """The draft model that `speculative` names."""
+        return None if self.speculative == "ngram" else self.speculative
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,11 @@ class EnginePlan:
     weight_bytes: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_chunk_tokens: int
+    prefix_cache: bool
+    batch_invariant: bool
+    speculative: str | None
+    num_draft_tokens: int  # 0 without speculation
 
     @property
     def kv_tokens(self) -> int:
@@ -140,8 +158,7 @@ def resolve_plan(
     wanted_len = options.max_model_len or max_position_embeddings
     if wanted_len < 1:
         raise UsageError(f"--max-model-len {wanted_len} must be at least 1")
-    if options.max_num_seqs < 1:
-        raise UsageError(f"--max-num-seqs {options.max_num_seqs} must be at least 1")
+    max_chunk_tokens = _check_batching(options, device)
     if options.kv_memory is not None:
         kv_bytes = parse_size(options.kv_memory, option="--kv-memory", free_bytes=left)
         if kv_bytes > left:
@@ -177,7 +194,39 @@ def resolve_plan(
         weight_bytes=weights,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
+        max_chunk_tokens=max_chunk_tokens,
+        prefix_cache=options.prefix_cache,
+        batch_invariant=options.batch_invariant,
+        speculative=options.speculative,
+        num_draft_tokens=options.num_draft_tokens if options.speculative else 0,
     )
+
+
+def _check_batching(options: EngineOptions, device: str) -> int:
+    """UsageError unless the options of the scheduler make sense; returns `max_chunk_tokens`, resolved."""
+    budget, chunk = options.max_num_batched_tokens, options.max_chunk_tokens
+    if options.max_num_seqs < 1:
+        raise UsageError(f"--max-num-seqs {options.max_num_seqs} must be at least 1")
+    if budget < PAGE_SIZE:
+        raise UsageError(
+            f"--max-num-batched-tokens {budget} must be at least {PAGE_SIZE}, one page of the KV cache"
+        )
+    if chunk is None:
+        chunk = min(_DEFAULT_CHUNK[device.partition(":")[0]], budget)
+    if not PAGE_SIZE <= chunk <= budget:
+        raise UsageError(
+            f"--max-chunk-tokens {chunk} must be at least {PAGE_SIZE}, one page of the KV cache, and at most "
+            f"--max-num-batched-tokens, which is {budget}"
+        )
+    if options.speculative == "":
+        raise UsageError(
+            "--speculative is empty; give ngram, or the folder or name of a draft model"
+        )
+    if not 1 <= options.num_draft_tokens <= MAX_DRAFT_TOKENS:
+        raise UsageError(
+            f"--num-draft-tokens {options.num_draft_tokens} must be between 1 and {MAX_DRAFT_TOKENS}"
+        )
+    return chunk
 
 
 def _round_up(num_tokens: int) -> int:

@@ -14,13 +14,27 @@ code   meaning
 =====  =====================================================================
 
 A message is one sentence that says what is wrong, where (file, tensor, option) and what to do.
+
+An error that ended some requests of several carries what all of them gave: its attribute `outputs` is the list of
+`RequestOutput`, in the order of the prompts; a failed one has the finish reason "error" and the text it had by then.
 """
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hayate.runtime.outputs import RequestOutput
 
 
 class HayateError(Exception):
     """Base of all errors meant for the user."""
 
     exit_code = 1
+    outputs: Sequence[RequestOutput] = ()  # of all requests, when some of several failed
 
 
 class UsageError(HayateError, ValueError):
@@ -51,3 +65,18 @@ class GpuFault(HayateError, RuntimeError):
     """A kernel failed on the GPU; the process must be restarted."""
 
     exit_code = 6
+
+
+def to_raise(error: BaseException, outputs: Sequence[RequestOutput] = ()) -> BaseException:
+    """A copy of `error` with `outputs` attached and `error` as its cause.
+
+    Several callers may meet the same failure: each raises an exception of its own, so that tracebacks and outputs
+    are not mixed.
+    """
+    try:
+        result = copy.copy(error)
+        result.__cause__ = error
+    except Exception:  # a class whose constructor takes something else than `args`
+        result = error
+    result.outputs = list(outputs)  # type: ignore[attr-defined]
+    return result

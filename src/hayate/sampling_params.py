@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hayate.errors import UsageError
 
@@ -15,6 +16,66 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
 MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class StructuredOutput:
+    """What the whole output of a request must match. Make one with the class methods.
+
+    Types are checked here; what only the grammar's compiler can judge (an unsupported keyword, a
+    regex that does not parse) is checked when the request is submitted.
+
+    Raises:
+        UsageError: the value is of the wrong type, or empty.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    source: str  # the schema or the list of choices as JSON, the regex, the grammar; "" if none
+
+    @classmethod
+    def json_object(cls) -> StructuredOutput:
+        """Any JSON object."""
+        return cls("json_object", "")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | str) -> StructuredOutput:
+        """JSON that is valid under `schema`, a mapping or the text of one."""
+        value: object = schema
+        if isinstance(schema, str):
+            try:
+                value = json.loads(schema)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"json_schema is not valid JSON: {error}") from error
+        if not isinstance(value, Mapping):
+            raise _error("json_schema", value, "a JSON object")
+        try:
+            source = json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"json_schema cannot be written as JSON: {error}") from error
+        return cls("json_schema", source)
+
+    @classmethod
+    def regex(cls, pattern: str) -> StructuredOutput:
+        r"""Text that `pattern`, in the syntax of Rust's regex crate, matches from start to end.
+
+        There `\d`, `\w` and `\s` are Unicode's; for ASCII digits write [0-9].
+        """
+        return cls("regex", _text("regex", pattern))
+
+    @classmethod
+    def choice(cls, choices: Iterable[str]) -> StructuredOutput:
+        """One of `choices`, exactly."""
+        if isinstance(choices, str) or not isinstance(choices, Iterable):
+            raise _error("choice", choices, "a list of strings")
+        texts = [_text("choice", choice) for choice in choices]
+        if not texts:
+            raise _error("choice", texts, "a list of one string or more")
+        return cls("choice", json.dumps(list(dict.fromkeys(texts)), ensure_ascii=False))
+
+    @classmethod
+    def grammar(cls, lark: str) -> StructuredOutput:
+        """Text that the rule `start` of a grammar in llguidance's dialect of Lark derives."""
+        return cls("grammar", _text("grammar", lark))
 
 
 @dataclass(frozen=True)
@@ -47,6 +108,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many of the most likely tokens to report at each position
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None  # what the output must match
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -56,6 +118,8 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "True or False")
+        if not isinstance(self.structured, StructuredOutput | None):
+            raise _error("structured", self.structured, "a StructuredOutput or None")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _error(
                 "min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}"
@@ -139,6 +203,16 @@ class SamplingParams:
 
 def _error(name: str, value: object, expected: str) -> UsageError:
     return UsageError(f"{name} must be {expected}; it is {value!r}")
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _error(name, value, "a string that is not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _error(name, value, f"valid Unicode; character {error.start} is not") from error
+    return value
 
 
 def _first(*values: Any) -> Any:

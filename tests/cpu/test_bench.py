@@ -16,7 +16,7 @@ from hayate.bench import load as bench_load
 from hayate.bench import roofline, timing
 from hayate.bench.kernels import FAMILIES, products, rowwise
 from hayate.bench.kernels.case import Case, Setting, tensors
-from hayate.kernels.attention import attention
+from hayate.kernels.self_attention import self_attention
 from hayate.models import layers, preset_config
 from tests.cpu.test_cli import assert_fails, run
 
@@ -217,10 +217,10 @@ TINY_DECODE = ("--model", "smollm2-135m", "--device", "cpu", "--prompt-tokens", 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_wrong_decoding_gets_no_speed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def planted(*args: Any, max_seqlen_q: int, **kwargs: Any) -> torch.Tensor:
-        out = attention(*args, max_seqlen_q=max_seqlen_q, **kwargs)
+        out = self_attention(*args, max_seqlen_q=max_seqlen_q, **kwargs)
         return torch.zeros_like(out) if max_seqlen_q == 1 else out
 
-    monkeypatch.setattr(layers, "attention", planted)
+    monkeypatch.setattr(layers, "self_attention", planted)
     result = run("bench", kind, *TINY_DECODE)
     assert result.returncode == 1
     assert "decoding disagrees with prefill" in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -325,6 +326,12 @@ def test_chat_survives_a_full_context(tiny: Path) -> None:
         (("--system", "x"), ("--system", "--chat")),
         (("--revision", "main"), ("--revision", "'main'")),
         (("--prompt-file", "x"), ("--prompt", "--prompt-file")),
+        (("--regex", "a", "--json-object"), ("--json-object and --regex", "one of them")),
+        (("--regex", "a(b"), ("structured", "a(b", "unclosed group")),
+        (("--json-schema", "{"), ("json_schema", "not valid JSON")),
+        (("--json-schema", "none.json"), ("--json-schema none.json", "No such file")),
+        (("--grammar", "none.lark"), ("--grammar none.lark", "No such file")),
+        (("--choice", ""), ("choice", "''")),
         (("--stop", ""), ("stop",)),
         (("--logit-bias", "300=1"), ("logit_bias", "300")),
         (("--max-model-len", 2), ("2 tokens", "--max-model-len")),
@@ -333,6 +340,32 @@ def test_chat_survives_a_full_context(tiny: Path) -> None:
 )
 def test_wrong_usage(tiny: Path, arguments: tuple, parts: tuple) -> None:
     assert_fails(generate(tiny, *arguments), 2, *parts)
+
+
+def test_structured_output(tiny: Path, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text(
+        '{"const": {"é": [1]}, "x-guidance": {"whitespace_flexible": false}}', encoding="utf-8"
+    )
+    grammar.write_text('start: "a" B\nB: "é" | "bc"', encoding="utf-8")
+    object_schema = '{"type": "object", "properties": {}, "additionalProperties": false}'
+    for arguments, pattern in (
+        (("--choice", "yes", "--choice", "né"), "yes|né"),
+        (("--regex", "[ab]{3}é"), "[ab]{3}é"),
+        (("--json-schema", schema), re.escape('{"é":[1]}')),
+        (("--json-schema", object_schema), r"\{\s*\}"),
+        (("--grammar", grammar), "a(é|bc)"),
+    ):
+        result = generate(tiny, "--temperature", 1, "--seed", 3, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert re.fullmatch(pattern, result.stdout.removesuffix("\n"))
+
+
+def test_a_json_object(tiny: Path) -> None:
+    """The bias is on the byte `}`: random weights would not close the object soon."""
+    bias = ("--logit-bias", f"{sorted(pre_tokenizers.ByteLevel.alphabet()).index('}')}=100")
+    result = generate(tiny, "--json-object", *bias)
+    assert json.loads(result.stdout) == {}, result.stderr
 
 
 def test_prompt_file_that_is_not_utf8(tiny: Path, tmp_path: Path) -> None:

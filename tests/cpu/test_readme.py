@@ -109,10 +109,13 @@ def test_command(command: str, output: str, environment: dict[str, str], tmp_pat
         assert "tokens/s" not in result.stdout
 
 
+PYTHON = [block for block in README if block.language == "python"]
+
+
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_python_block(environment: dict[str, str]) -> None:
-    (block,) = [block for block in README if block.language == "python"]
+    block = PYTHON[0]
     check = "\nassert logits.shape == (len(output.prompt_token_ids), llm.config.vocab_size)\n"
     result = subprocess.run(
         [sys.executable, "-c", block.text + check],
@@ -123,6 +126,23 @@ def test_python_block(environment: dict[str, str]) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_asyncio_block(environment: dict[str, str]) -> None:
+    _, block = PYTHON
+    result = subprocess.run(
+        [sys.executable, "-c", block.text],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    stream, *_ = result.stdout.splitlines()
+    assert "Paris" in stream
+    assert result.stdout.count(" length") + result.stdout.count(" stop") == 8
 
 
 def test_shape_of_the_readme() -> None:

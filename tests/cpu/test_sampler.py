@@ -26,7 +26,9 @@ from transformers.generation.logits_process import (
 from hayate.errors import ModelError
 from hayate.kernels.sampling import uniform_reference
 from hayate.runtime import sampler as module
-from hayate.runtime.sampler import Sampler, SamplingBatch, SamplingRow, philox4x32, philox_uniform
+from hayate.runtime.logits_processing import LogitsChanges
+from hayate.runtime.sampler import DrawOptions, Sampler, philox4x32, philox_uniform
+from hayate.runtime.sampling_row import SamplingRow, positions_of
 from hayate.sampling_params import SamplingParams
 from hayate.text.tokenizer import GenerationDefaults
 
@@ -50,8 +52,8 @@ def row(
 
 def kept(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     """(S, V) float32: unnormalised probabilities, 0 where a filter removed the token."""
-    batch = SamplingBatch.build(rows, logits.shape[1], logits.device)
-    return module._kept(logits - logits.amax(-1, keepdim=True), batch)
+    options = DrawOptions.build(positions_of(rows), logits.shape[1], logits.device)
+    return module._kept(logits - logits.amax(-1, keepdim=True), options)
 
 
 def random_logits(*shape: int, seed: int = 0) -> Tensor:
@@ -289,8 +291,7 @@ def test_seed_step_and_sample_index_each_change_the_draw() -> None:
 
 def changed(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     result = logits.clone()
-    batch = SamplingBatch.build(rows, logits.shape[1], logits.device)
-    module._change_logits(result, batch)
+    LogitsChanges.build(positions_of(rows), logits.shape[1], logits.device).apply(result)
     return result
 
 
@@ -398,3 +399,19 @@ def test_logprobs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.top.double(), best.values, rtol=0, atol=5e-6)
     torch.testing.assert_close(expected.gather(1, found.top_ids), best.values, rtol=0, atol=5e-6)
     assert Sampler().logprobs(logits, tokens, 0).top.shape == (4, 0)
+
+
+def test_drafts_are_verified_by_the_tokens_that_would_follow_them() -> None:
+    """A row with drafts gets, at each position, what it would get if the drafts were its output."""
+    drafts = [[9, 4, 4], [], [7, 11], [3], [0, 5, 8], [11, 2], [1, 5, 2], []]
+    logits = random_logits(sum(len(d) + 1 for d in drafts), 400, seed=3)
+    rows = mixed_rows()
+    together = Sampler().sample(logits, rows, drafts).to_list()
+    assert [r.output_ids for r in rows] == [r.output_ids for r in mixed_rows()]
+    alone: list[int] = []
+    for i, each in enumerate(drafts):
+        for count in range(len(each) + 1):
+            one = mixed_rows()[i]
+            one.output_ids.extend(each[:count])
+            alone += Sampler().sample(logits[len(alone)][None], [one]).to_list()
+    assert together == alone

@@ -144,6 +144,18 @@ def test_max_tokens() -> None:
     )
 
 
+def test_a_complete_structured_output_ends_with_its_text() -> None:
+    """Also when it is the last token of `max_tokens`, and before `min_tokens`; a stop string goes first."""
+    for params in (SamplingParams(max_tokens=2, stop=["bc"]), SamplingParams(min_tokens=5)):
+        checker = StopChecker(params, [EOS], Pieces(["a", "b"], tail="!"))
+        assert checker.push(0).finish_reason is None
+        emission = checker.push(1, is_complete=True)
+        assert (emission.text, emission.finish_reason, emission.stop_reason) == ("b!", "stop", None)
+    checker = StopChecker(SamplingParams(stop=["b"]), [EOS], Pieces(["a", "b"]))
+    emission = checker.push(1, is_complete=True)
+    assert (emission.text, emission.stop_reason) == ("", "b")
+
+
 def test_stop_string_at_the_last_token_wins_over_length() -> None:
     params = SamplingParams(max_tokens=2, stop="b")
     assert run(params, ["a", "b"], [0, 1]) == (["a", ""], "stop", "b")

@@ -193,7 +193,13 @@ def test_memory_is_checked_before_loading(pair):
 
 
 def test_package_surface():
-    assert set(hayate.__all__) == {"LLM", "SamplingParams", "__version__"}
+    assert set(hayate.__all__) == {
+        "LLM",
+        "AsyncLLM",
+        "SamplingParams",
+        "StructuredOutput",
+        "__version__",
+    }
 
 
 def test_two_streams_in_turn(pair):
@@ -210,17 +216,40 @@ def test_two_streams_in_turn(pair):
     assert rest[-1].request is not None
 
 
-def test_a_failed_step_leaves_the_others_whole(pair, monkeypatch):
-    """A step that raises: the stream that was open goes on afterwards, with the same text."""
-    llm, _ = pair
-    wanted = llm.generate(TEXT[0], GREEDY)[0].outputs[0].text
-    stream = llm.stream(TEXT[0], GREEDY)
-    text = "".join(next(stream).text for _ in range(3))
+def test_a_failed_step_ends_its_requests_and_no_others(pair, monkeypatch):
+    """A step that raises: its requests give what they had; one that waited, and later ones, are whole."""
+    llm = LLM.sharing(pair[0], max_num_seqs=1)
+    wanted = [llm.generate(t, GREEDY)[0].outputs[0].text for t in TEXT[:2]]
+    first, second = (llm.stream(t, GREEDY) for t in TEXT[:2])
+    begun = [next(first).text for _ in range(3)]
+    assert not llm.engine.submit(waiting := llm.requests.of_prompt(TEXT[1], GREEDY))
     with monkeypatch.context() as patched:
         patched.setattr(llm.engine.sampler, "sample", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            llm.generate(TEXT[1], GREEDY)
-    assert text + "".join(c.text for c in stream) == wanted
+        llm.engine.step()
+    with pytest.raises(ZeroDivisionError) as failure:
+        begun.extend(c.text for c in first)
+    output = failure.value.outputs[0].outputs[0]
+    assert (output.finish_reason, len(output.token_ids)) == ("error", 3)
+    assert "".join(begun) == output.text
+    assert "".join(c.text for c in second) == wanted[1]
+    assert waiting.result().outputs[0].text == wanted[1]
+    assert llm.generate(TEXT[0], GREEDY)[0].outputs[0].text == wanted[0]
+    assert llm.engine.pages.num_free == llm.plan.num_pages
+    llm.engine.scheduler.check()
+
+
+def test_a_broken_sample_fails_alone(pair, monkeypatch):
+    """An error while one sample's token becomes text: the other requests of the same step go on."""
+    llm, _ = pair
+    wanted = [llm.generate(t, GREEDY)[0].outputs[0].text for t in TEXT]
+    requests = [llm.requests.of_prompt(t, GREEDY) for t in TEXT]
+    monkeypatch.setattr(requests[1].samples[0].stops, "push", lambda *_: 1 / 0)
+    for request in requests:
+        llm.engine.submit(request)
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert [r.result().outputs[0].text for r in requests] == [wanted[0], "", wanted[2]]
+    assert isinstance(requests[1].error, ZeroDivisionError)
     assert llm.engine.pages.num_free == llm.plan.num_pages
 
 

@@ -49,7 +49,7 @@ def test_logits_equal_the_cpu(name):
 @pytest.mark.parametrize("name", ["minitron-8b", "moe-6.9b", "smollm2-135m"])
 def test_graphs_follow_prefill(name):
     """Each decoded token is the best one, or within rounding of it, by one prefill over the whole text."""
-    from hayate.bench.decode import check_decode
+    from hayate.bench.gates import check_decode
 
     llm = LLM.from_random(small(name), device="cuda", kv_memory="512M")
     for prompt in prompts(llm.config.vocab_size):
@@ -57,7 +57,10 @@ def test_graphs_follow_prefill(name):
 
 
 def test_batches_seeds_and_stops():
-    llm = LLM.from_random(small("smollm2-135m"), device="cuda", kv_memory="512M")
+    # From the cache the rest of a prompt is computed alone, and bf16 rounds otherwise.
+    llm = LLM.from_random(
+        small("smollm2-135m"), device="cuda", kv_memory="512M", prefix_cache=False
+    )
     params = SamplingParams(temperature=0.9, top_p=0.95, seed=5, max_tokens=70, ignore_eos=True)
     crowd = prompts(llm.config.vocab_size) * 5
     first, again = (llm.generate(crowd, params) for _ in range(2))
@@ -79,7 +82,7 @@ def test_batches_seeds_and_stops():
 
 def test_real_model_equals_the_cpu():
     """SmolLM2, greedy, 64 tokens: the GPU takes the CPU's token or one within rounding of it."""
-    from hayate.bench.decode import check_decode
+    from hayate.bench.gates import check_decode
     from hayate.checkpoint.smollm2 import smollm2_folder
 
     folder = smollm2_folder()

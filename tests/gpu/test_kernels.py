@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from hayate.kernels import elementwise, sampling
-from hayate.kernels._dispatch import use
 from hayate.kernels.attention import attention
+from hayate.kernels.decode_attention import Projection
 from hayate.kernels.embedding import embedding
 from hayate.kernels.flash_attention import flash_attention
 from hayate.kernels.linear import gemm, gemm_batched, linear
@@ -16,6 +16,7 @@ from hayate.kernels.moe import moe_mlp, moe_route
 from hayate.kernels.norm import Norm, layernorm1p, rmsnorm, rmsnorm_residual
 from hayate.kernels.rope import rope_and_cache, rope_frequencies, rope_table
 from hayate.kernels.rope_frequencies import RopeParameters
+from hayate.kernels.self_attention import self_attention
 from hayate.kernels.softmax import softmax
 
 BF16 = torch.bfloat16
@@ -229,6 +230,57 @@ def test_attention(heads, kv_heads, head_dim, window, kind):
         assert relative(got[rows], wanted) < 1.5 * ULP
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary"),
+    [(9, 3, 64, 64), (24, 8, 128, 64), (32, 8, 128, 128), (12, 1, 64, 64), (48, 1, 128, 128)],
+)
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("lengths", [[1], [200], [9000], [1, 130, 0, 700, 64, 2049]], ids=str)
+def test_self_attention_of_single_tokens(
+    heads, kv_heads, head_dim, rotary, qk_norm, window, lengths
+):
+    """Rotation, cache write and attention in one kernel; a graph replays it over the same cache."""
+    k_cache, v_cache, table, _ = paged([max(n, 1) for n in lengths], kv_heads, head_dim)
+    table = F.pad(table, (0, 600))  # room for 38,400 more tokens: many splits stay without work
+    inv_freq, factor = rope_frequencies(RopeParameters(rotary_dim=rotary))
+    places = torch.tensor(lengths, device="cuda") - 1
+    last = table.long().gather(1, places.clamp(min=0)[:, None] // 64)[:, 0]
+    norms = [make_norm("rmsnorm", head_dim) if qk_norm else None for _ in range(2)]
+    projection = Projection(
+        torch.where(places < 0, -1, last * 64 + places % 64),
+        places.clamp(min=0),
+        rope_table(inv_freq, factor, 10_000).cuda(),
+        *norms,
+    )
+    qkv = draw(len(lengths), (heads + 2 * kv_heads) * head_dim)
+    ends = torch.arange(len(lengths) + 1, dtype=torch.int32, device="cuda")
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    sizes = {"max_seqlen_q": 1, "max_seqlen_k": 40_000, "scale": head_dim**-0.5, "window": window}
+
+    def run():
+        return self_attention(qkv, k_cache, v_cache, table, ends, seq_lens, projection, **sizes)
+
+    got = replayed(run)
+    k_two, v_two = k_cache.clone(), v_cache.clone()
+    q = rope_and_cache(
+        qkv, k_two, v_two, **projection._asdict(),
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+    )  # fmt: skip
+    assert torch.equal(v_cache.nan_to_num(), v_two.nan_to_num())
+    # The new keys alone may differ, by a rounding.
+    torch.testing.assert_close(k_cache, k_two, rtol=2 * ULP, atol=1e-6, equal_nan=True)
+    for s, n in enumerate(lengths):
+        pages = table[s, : -(-n // 64)].long()
+        k, v = (cache[pages].flatten(0, 1)[:n] for cache in (k_two, v_two))
+        if n == 0:
+            assert not got[s].any()
+        else:
+            wanted = attention_64(q[s : s + 1], k, v, head_dim**-0.5, window)
+            # The weights are rounded before they meet the values, and queries may differ by one.
+            assert relative(got[s : s + 1], wanted) < 2 * ULP
+
+
 def test_attention_of_padding_rows():
     k_cache, v_cache, table, dense = paged([300, 64], 2, 64)
     q = draw(2, 4, 64)
@@ -244,12 +296,15 @@ def test_attention_of_padding_rows():
 def test_dense_flash_attention():
     q, k, v = draw(700, 8, 128), draw(700, 2, 128), draw(700, 2, 128)
     ends = torch.tensor([0, 257, 700], dtype=torch.int32, device="cuda")
-    with use("triton"):
-        got = flash_attention(
-            q, k, v, ends, ends, max_seqlen_q=443, max_seqlen_k=443, scale=128**-0.5
-        )
     for a, b in ((0, 257), (257, 700)):
+        got = flash_attention(q, k, v, ends, ends, max_seqlen_q=443, scale=128**-0.5)
         assert relative(got[a:b], attention_64(q[a:b], k[a:b], v[a:b], 128**-0.5, None)) < 1.5 * ULP
+        got = flash_attention(q, k, v, ends, ends, max_seqlen_q=443, scale=128**-0.5, causal=False)
+        # Of single queries, each the last position, so that the mask hides nothing.
+        wanted = torch.cat(
+            [attention_64(q[i : i + 1], k[a:b], v[a:b], 128**-0.5, None) for i in (a, a + 5, b - 1)]
+        )
+        assert relative(got[[a, a + 5, b - 1]], wanted) < 1.5 * ULP
 
 
 def test_embedding():

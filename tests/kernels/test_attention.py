@@ -6,7 +6,9 @@ far out of range, so anything read beyond a sequence shows.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +16,15 @@ from torch import Tensor
 
 from hayate.kernels._dispatch import use
 from hayate.kernels.attention import attention, attention_scores
-from hayate.kernels.decode_attention import _decode_attention_triton, split_plan
+from hayate.kernels.decode_attention import _decode_attention_triton
+from hayate.kernels.decode_tuning import Tuning, decode_tuning
 from hayate.kernels.flash_attention import (
     Tiles,
-    _flash_attention_triton,
-    _sdpa,
     flash_attention,
     flash_tiles,
+    launch_flash_attention,
 )
-
-MODULE = "hayate.kernels.decode_attention"
+from hayate.kernels.invariant_attention import launch_invariant_attention
 
 
 @dataclass(frozen=True)
@@ -198,54 +199,87 @@ def test_reference(case: Case, in_order: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("few", [True, False], ids=["few keys", "many keys"])
 @pytest.mark.parametrize("name", DECODE)
-def test_decode_kernel(name: str, dtype: torch.dtype) -> None:
+def test_decode_kernel(
+    name: str, few: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the page table could hold chooses between two kernels; each must take every case."""
+    attention_module = sys.modules["hayate.kernels.attention"]
+    monkeypatch.setattr(attention_module, "takes_short_kernel", lambda *_: few)
     run(DECODE[name], dtype, "triton")
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 7])
-@pytest.mark.parametrize("window", [None, 310])
-def test_decode_splits(splits: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few keys a tile and few tiles a split: every number of splits, and empty ones, occurs."""
-    monkeypatch.setattr(f"{MODULE}._UNSPLIT_TILES", 3)
-    monkeypatch.setattr(f"{MODULE}._MIN_SPLIT_TILES", 2)
-    case = Case(((1, 333), (1, 90), (1, 0), (1, 130), (1, 257)), num_heads=6, window=window)
+# Tiles of 16 keys, so that short sequences reach every loop; a team of 2 merges in two rounds.
+CUTS: dict[str, dict[str, int]] = {
+    "one split": {"splits": 1},
+    "two": {"splits": 2, "team": 2},
+    "odd": {"splits": 7, "team": 8},
+    "teams": {"splits": 7, "team": 4},
+    "full teams": {"splits": 4, "team": 2},
+    "tiles across pages": {"splits": 3, "team": 4, "block_n": 128},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("window", [None, 90])
+def test_decode_splits(cut: dict[str, int], window: int | None) -> None:
+    """Every number of splits, empty ones and partly filled teams occur."""
+    case = Case(
+        ((1, 203), (1, 33), (1, 0), (1, 120)), 3, 1, head_dim=32, page_size=64, window=window
+    )
     inputs = make_inputs(case, torch.float32)
+    options: dict[str, Any] = {"block_n": 16, **cut}
     scale = 0.2
     for _ in range(2):  # the arrival counters are left at zero
         found = _decode_attention_triton(
-            *inputs.tensors,
-            max_seqlen_q=1,
-            scale=scale,
-            window=window,
-            splits=splits,
+            *inputs.tensors, max_seqlen_q=1, scale=scale, window=window, **options
         )
         check(case, inputs, found, scale)
 
 
-def test_decode_splits_of_several_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{MODULE}._UNSPLIT_TILES", 2)
-    monkeypatch.setattr(f"{MODULE}._MIN_SPLIT_TILES", 1)
-    case = Case(((3, 130), (1, 200), (2, 64)), num_heads=3, num_kv_heads=1, head_dim=80)
+def test_decode_splits_of_several_queries() -> None:
+    case = Case(((3, 90), (1, 100), (2, 33)), num_heads=3, num_kv_heads=1, head_dim=80)
     inputs = make_inputs(case, torch.float32)
     found = _decode_attention_triton(
         *inputs.tensors,
         max_seqlen_q=3,
         scale=0.1,
         window=None,
+        block_n=16,
         splits=5,
+        team=2,
     )
     check(case, inputs, found, 0.1)
 
 
-def test_split_plan() -> None:
+def test_decode_into_a_given_tensor() -> None:
+    """The rows of the sequences are written, the others kept."""
+    case = Case(((1, 40), (1, 17)))
+    inputs = make_inputs(case, torch.float32)
+    q = torch.cat([inputs.q, torch.randn(3, *inputs.q.shape[1:])])
+    out = torch.full_like(q, 7.0)
+    found = _decode_attention_triton(
+        q, *inputs.tensors[1:], max_seqlen_q=1, scale=0.1, window=None, out=out
+    )
+    assert found is out
+    check(case, inputs, out[:2], 0.1)
+    assert bool((out[2:] == 7.0).all())
+
+
+def test_decode_tuning() -> None:
     """One sequence fills the card; many sequences are not split; short ones never."""
-    assert split_plan(8, 1, 512, 132) == (16, 132)
-    assert split_plan(8, 1, 2, 132)[0] == 1
-    assert split_plan(256 * 8, 256, 512, 132)[0] == 1
+
+    def tuned(sequences: int, kv_heads: int, rows: int, max_len: int) -> Tuning:
+        return decode_tuning(sequences, kv_heads, rows, 128, torch.bfloat16, max_len, 132)
+
+    assert tuned(1, 8, 4, 4096).splits == 16
+    assert tuned(1, 8, 4, 40_000).splits == 32
+    assert tuned(1, 8, 4, 128).splits == 1
+    assert tuned(256, 8, 4, 40_000).splits == 1
     for sequences in (1, 2, 8, 32, 64):
-        splits, _ = split_plan(8 * sequences, sequences, 512, 132)
-        assert 8 * sequences * splits >= 128
+        assert 8 * sequences * tuned(sequences, 8, 4, 40_000).splits >= 128
+    assert tuned(1, 1, 12, 40_000).team < tuned(1, 1, 12, 40_000).splits  # much to merge
 
 
 SMALL_TILES = [Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1)]
@@ -257,7 +291,7 @@ def test_flash_kernel_in_small_tiles(name: str, tiles: Tiles) -> None:
     """Small tiles reach every loop: window edge, whole tiles, diagonal."""
     case = PREFILL[name]
     inputs = make_inputs(case, torch.float32)
-    found = _flash_attention_triton(
+    found = launch_flash_attention(
         inputs.q,
         inputs.k_cache,
         inputs.v_cache,
@@ -280,6 +314,38 @@ def test_flash_kernel(name: str, dtype: torch.dtype) -> None:
     run(case, dtype, "triton")
 
 
+INVARIANT = {
+    name: case
+    for name, case in (DECODE | PREFILL).items()
+    if name
+    in (
+        "lengths differ, padding",
+        "group 12",
+        "several queries, window",
+        "lengths differ",
+        "width 80",
+        "window wider than a tile",
+    )
+}
+
+
+@pytest.mark.parametrize("segment", [32, 64])
+@pytest.mark.parametrize("name", INVARIANT)
+def test_invariant_kernel(name: str, segment: int) -> None:
+    """Segments so short that there are several, in the kernel's fp32 tiles of 32 keys."""
+    case = INVARIANT[name]
+    inputs = make_inputs(case, torch.float32)
+    for _ in range(2):  # the arrival counters are left at zero
+        found = launch_invariant_attention(
+            *inputs.tensors,
+            max_seqlen_q=max_new(case),
+            scale=0.15,
+            window=case.window,
+            segment=segment,
+        )
+        check(case, inputs, found, 0.15)
+
+
 @pytest.mark.parametrize("window", [None, 13])
 def test_flash_without_pages(window: int | None) -> None:
     case = Case(((37, 37), (5, 50), (1, 1), (17, 17)), window=window)
@@ -293,19 +359,38 @@ def test_flash_without_pages(window: int | None) -> None:
             inputs.cu_seqlens_q,
             lens.cumsum(0).to(torch.int32),
             max_seqlen_q=37,
-            max_seqlen_k=50,
             scale=0.15,
             window=window,
         )
     check(case, inputs, found, 0.15)
 
 
-def test_sdpa_of_a_fresh_prompt() -> None:
-    """The form given to PyTorch on cards where it is faster is the same attention."""
-    case = Case(((50, 50),), num_heads=6)
+def test_flash_of_all_keys() -> None:
+    """Not causal: each query against every key of its own sequence."""
+    case = Case(((37, 37), (5, 50), (17, 17), (3, 64)))
     inputs = make_inputs(case, torch.float32)
-    found = _sdpa(inputs.q, inputs.keys[0], inputs.values[0], 0.15)
-    check(case, inputs, found, 0.15)
+    ends = torch.tensor([0] + [length for _, length in case.sequences], dtype=torch.int32).cumsum(0)
+    with use("triton"):
+        found = flash_attention(
+            inputs.q,
+            torch.cat(inputs.keys),
+            torch.cat(inputs.values),
+            inputs.cu_seqlens_q,
+            ends.to(torch.int32),
+            max_seqlen_q=37,
+            scale=0.15,
+            causal=False,
+        )
+    expected, t = [], 0
+    for s, (new, _) in enumerate(case.sequences):
+        q = inputs.q[t : t + new].double()
+        t += new
+        k, v = (x[s].double().repeat_interleave(2, 1) for x in (inputs.keys, inputs.values))
+        weights = (torch.einsum("qhk,nhk->hqn", q, k) * 0.15).softmax(-1)
+        expected.append(torch.einsum("hqn,nhk->qhk", weights, v))
+    # As in `check`: 1e-5 of the largest value for the scores, and as much for the sum.
+    atol = 2e-5 * max(float(v.abs().max()) for v in inputs.values)
+    torch.testing.assert_close(found.double(), torch.cat(expected), rtol=0, atol=atol)
 
 
 def test_head_width_beyond_the_tables_is_refused() -> None:

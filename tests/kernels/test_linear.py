@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from hayate.errors import UsageError
 from hayate.kernels import small_gemm as small_gemm_module
 from hayate.kernels._dispatch import use
 from hayate.kernels.gemv import GemvConfig, gemv_config, launch_gemv
+from hayate.kernels.invariant_linear import InvariantCut, launch_invariant_linear
 from hayate.kernels.linear import gemm, gemm_batched, gemv, linear
 from hayate.kernels.norm import Norm
 from hayate.kernels.small_gemm import SmallGemmConfig, launch_small_gemm, small_gemm_config
@@ -106,9 +109,9 @@ def operands(rows, n, k, dtype, *, norm=None, activation=None, bias=False, resid
         (None, "silu", False, True),
     ],
 )
-@pytest.mark.parametrize("rows", [1, 2, 3, 18, 35])
+@pytest.mark.parametrize("rows", [1, 3, 18, 40, 70])
 def test_linear(rows, norm, activation, bias, residual, dtype, implementation):
-    """Every path (one row, few, tensor cores, library), each fusion, odd sizes."""
+    """Every path (one row, tiles, their transposes, library), each fusion, odd sizes."""
     arguments = operands(
         rows, 26, 300, dtype, norm=norm, activation=activation, bias=bias, residual=residual
     )
@@ -117,14 +120,13 @@ def test_linear(rows, norm, activation, bias, residual, dtype, implementation):
     with use(implementation):
         y = linear(x, weight, bias_, norm=norm_, activation=activation, residual=residual_)
     # A gated layernorm1p has its norm in a kernel of its own.
-    one_kernel = rows <= 2 and not (norm == "layernorm1p" and activation == "silu_and_mul")
+    one_kernel = rows == 1 and not (norm == "layernorm1p" and activation == "silu_and_mul")
     check(y, *arguments, fused=implementation == "triton" and one_kernel)
     assert kept is None or torch.equal(kept, residual_)
 
 
 @dtypes
 @pytest.mark.parametrize("norm", [None, "rmsnorm", "layernorm1p"])
-@pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize(
     ("n", "k"),
     [
@@ -135,15 +137,20 @@ def test_linear(rows, norm, activation, bias, residual, dtype, implementation):
         (2, 1),
     ],
 )
-def test_gemv_chunks(n, k, rows, norm, dtype):
-    arguments = operands(rows, n, k, dtype, norm=norm)
+def test_gemv_chunks(n, k, norm, dtype):
+    arguments = operands(1, n, k, dtype, norm=norm)
     check(launch_gemv(*arguments), *arguments, fused=True)
 
 
-@pytest.mark.parametrize(("block_n", "block_k"), [(1, 256), (2, 512), (8, 1024), (16, 256)])
-def test_gemv_cut_does_not_change_the_result(block_n, block_k):
-    arguments = operands(2, 20, 700, torch.float16, norm="rmsnorm", bias=True)
-    config = GemvConfig(block_n, block_k, 1)
+@pytest.mark.parametrize("activation", [None, "silu_and_mul"])
+@pytest.mark.parametrize(
+    ("block_n", "block_k", "ahead"),
+    [(2, 512, 1), (2, 256, 2), (8, 1024, 1), (16, 256, 3), (4, 512, 5)],  # 5: more than there are
+)
+def test_gemv_cut_does_not_change_the_result(block_n, block_k, ahead, activation):
+    norm = "rmsnorm"
+    arguments = operands(1, 20, 700, torch.float16, norm=norm, activation=activation, bias=True)
+    config = GemvConfig(block_n, block_k, 1, ahead)
     check(launch_gemv(*arguments, config=config), *arguments, fused=True)
 
 
@@ -155,34 +162,55 @@ def test_gemv_cut_does_not_change_the_result(block_n, block_k):
     [(70, 100, 1), (70, 600, 4), (26, 512, 2), (24, 640, 8)],
 )
 def test_small_gemm(n, k, split, rows, activation, dtype):
-    arguments = operands(rows, n, k, dtype, activation=activation, bias=True, residual=True)
-    x, weight, bias, _, _, residual = arguments
     config = SmallGemmConfig(32, 64, split, 4, 3)
-    first = launch_small_gemm(x, weight, bias, activation, residual, config)
-    check(first, *arguments, fused=True)
-    # The counters are back at zero, and the parts are summed in a fixed order.
-    second = launch_small_gemm(x, weight, bias, activation, residual, config)
-    assert torch.equal(first, second)
-    assert not small_gemm_module._counters(x.device).any()
+    for bias in (True, False):  # without one, the residual is the first term of the sum
+        arguments = operands(rows, n, k, dtype, activation=activation, bias=bias, residual=True)
+        x, weight, bias_, _, _, residual = arguments
+        first = launch_small_gemm(x, weight, bias_, activation, residual, config=config)
+        check(first, *arguments, fused=True)
+        # The counters are back at zero, and the parts are summed in a fixed order.
+        second = launch_small_gemm(x, weight, bias_, activation, residual, config=config)
+        assert torch.equal(first, second)
+        assert not small_gemm_module._counters(first.device).any()
 
 
 @pytest.mark.parametrize("n", [576, 960, 3072, 4096, 23040, 131072, 256000])
 @pytest.mark.parametrize("k", [576, 768, 1536, 3072, 4096, 9216, 11520])
 def test_configs_keep_their_promises(n, k):
-    for m in (1, 2, 4):
-        for gated in (False, True):
-            config = gemv_config(n, k, m, gated)
-            sums_per_lane = m * config.block_n * config.block_k / (32 * config.num_warps)
-            assert sums_per_lane <= (64 if m > 1 else 128)
-            assert config.block_k >= 256 * config.num_warps
-            assert config.block_n >= (2 if gated else 1)
-    for block_m in (16, 32):
-        small = small_gemm_config(n, k, block_m, 132)
-        shared = (small.num_stages - 1) * (block_m + small.block_n) * small.block_k * 2
-        assert shared <= 99 * 1024
-        # no part of K is empty
-        steps = -(-k // small.block_k)
-        assert -(-steps // small.split) * (small.split - 1) < steps
+    for gated in (False, True):
+        config = gemv_config(n, k, gated)
+        lanes = 32 * config.num_warps
+        assert config.block_n * config.block_k <= 128 * lanes  # sums a lane
+        assert config.block_k >= 8 * lanes
+        assert config.block_n >= (2 if gated else 1)
+        for block_m, large in itertools.product((16, 32, 64), (False, True)):
+            small = small_gemm_config(n, k, block_m, 132, gated=gated, large_shared=large)
+            # wgmma's tiles keep all stages, others one less
+            buffers = small.num_stages - (block_m == 16)
+            shared = buffers * (block_m + small.block_n) * small.block_k * 2
+            assert shared <= (200 if large else 99) * 1024
+            # no part of K is empty
+            steps = -(-k // small.block_k)
+            assert -(-steps // small.split) * (small.split - 1) < steps
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("cut", "k"),
+    [
+        (InvariantCut(32, 32, 32, 4, 2), 70),  # pointers, masked along K
+        (InvariantCut(16, 32, 64, 4, 2, True), 136),  # the weights' tiles are copied
+        (InvariantCut(32, 64, 64, 4, 2, True), 128),  # those of x too
+    ],
+)
+@pytest.mark.parametrize("activation", [None, "silu_and_mul"])
+def test_invariant_linear(cut, k, activation, dtype):
+    """Rows and columns that do not fill their tiles, bias and residual."""
+    x, weight, bias, norm, _, residual = operands(
+        45, 76, k, dtype, activation=activation, bias=True, residual=True
+    )
+    y = launch_invariant_linear(x, weight, bias, activation, residual, cut)
+    check(y, x, weight, bias, norm, activation, residual, fused=True)
 
 
 def test_strided_x_and_residual():

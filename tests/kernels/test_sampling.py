@@ -286,24 +286,36 @@ def test_draws_follow_the_distribution() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_advance_decode(implementation: Implementation) -> None:
     page_size, columns = 4, 3
-    tokens = torch.tensor([11, 12, 13, -1, 15])
-    token_ids = torch.tensor([1, 2, 3, 4, 5])
-    positions = torch.tensor([2, 3, 9, 5, 11])
-    seq_lens = torch.tensor([3, 4, 0, 6, 12], dtype=torch.int32)
-    slots = torch.tensor([100, 200, 300, 400, 500])
-    table = torch.randint(1, 90, (5, columns + 2), dtype=torch.int32)[:, :columns]
-    steps = torch.tensor([0, 7, 5, 2, 9])
+    tokens = torch.tensor([11, 12, 13, -1, 15, 16])
+    positions = torch.tensor([2, 3, -2, 5, 11, -1])
+    steps = torch.tensor([0, 7, 5, 2, 9, -1])
+    table = torch.randint(1, 90, (6, columns + 2), dtype=torch.int32)[:, :columns]
+    token_ids, rope_rows, slots = torch.full((3, 6), 99).unbind()
+    seq_lens = torch.full((6,), 99, dtype=torch.int32)
     with use(implementation):
         advance_decode(
-            tokens, token_ids, positions, seq_lens, slots, table, steps, page_size=page_size
+            tokens,
+            positions,
+            steps,
+            table,
+            token_ids,
+            rope_rows,
+            slots,
+            seq_lens,
+            page_size=page_size,
         )
-    assert token_ids.tolist() == [11, 12, 3, 0, 15]  # row 2 is not in use; -1 is no index
-    assert positions.tolist() == [3, 4, 9, 6, 12]
-    assert seq_lens.tolist() == [4, 5, 0, 7, 13]
-    assert steps.tolist() == [1, 8, 5, 3, 10]
+    # Row 2 is not in use; a token of -1 is no index; row 5 has computed nothing yet.
+    assert token_ids.tolist() == [11, 12, 0, 0, 15, 16]
+    assert positions.tolist() == [3, 4, -2, 6, 12, 0]
+    assert rope_rows.tolist() == [3, 4, 0, 6, 12, 0]
+    assert seq_lens.tolist() == [4, 5, 0, 7, 13, 1]
+    assert steps.tolist() == [1, 8, 5, 3, 10, 0]
     page = table.tolist()
-    # row 4 is past the end of the table
-    assert slots.tolist() == [page[0][0] * 4 + 3, page[1][1] * 4, -1, page[3][1] * 4 + 2, -1]
+    # Row 4 is past the end of the table.
+    slot_of_row_5 = page[5][0] * 4
+    assert slots.tolist() == [
+        page[0][0] * 4 + 3, page[1][1] * 4, -1, page[3][1] * 4 + 2, -1, slot_of_row_5
+    ]  # fmt: skip
 
 
 def test_refused() -> None:

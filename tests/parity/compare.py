@@ -18,7 +18,7 @@ from hayate.config import EngineOptions
 from hayate.models.decoder import CausalLM, build_model
 from hayate.models.families import load_config
 from hayate.models.weights import IGNORED_TENSORS, placements
-from hayate.runtime.llm import make_plan
+from hayate.runtime.loading import make_plan
 from hayate.runtime.page_allocator import PageAllocator
 from hayate.runtime.runner import Runner
 from hayate.runtime.scheduler import Step
@@ -63,9 +63,13 @@ def our_logits(model: CausalLM, ids: list[int], *, prompt_len: int) -> torch.Ten
     sequence = Sequence(ids[:prompt_len], SamplingParams(temperature=0), 256, 0)
     assert pages.extend(sequence, len(ids))
     rows = [runner.all_logits(sequence)]
+    decode = Step((sequence,), num_tokens=(1,), num_drafts=(0,), samples=(True,), num_decode=1)
     for token in ids[prompt_len:]:
         sequence.output_ids.append(token)
-        rows.append(runner.forward(Step("decode", (sequence,), (1,))).clone())
+        logits = runner.launch(decode, on_device=False).logits
+        assert logits is not None
+        sequence.num_in_flight = 0
+        rows.append(logits[:1].clone())
     return torch.cat(rows).float()
 
 

@@ -97,6 +97,8 @@ def _compile(case: CompileCase, arch: int) -> Any:
         signature[name] = kind.removesuffix(":16")
         if kind.startswith("*") or kind.endswith(":16"):
             attributes[(i,)] = [["tt.divisibility", 16]]
+    if case.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(
         fn=case.kernel,
         signature=signature,
@@ -153,7 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it")
         return 1
-    import hayate.kernels  # noqa: F401  (each file registers its kernels as it is imported)
+    # Each file registers its kernels as it is imported.
+    import hayate.kernels
+    import hayate.kernels.training  # noqa: F401
 
     jobs = [
         (index, arch)

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from hayate.bench import roofline
+from hayate.bench.gates import check_decode
 from hayate.bench.rival import Transformers, short_run
 from hayate.bench.subject import environment, open_llm, random_prompts
 from hayate.config import DTYPE_BYTES
-from hayate.errors import HayateError, UsageError
+from hayate.errors import UsageError
 from hayate.runtime.llm import LLM
 from hayate.sampling_params import SamplingParams
 
@@ -29,6 +28,7 @@ def run(
     batch: int,
     runs: int,
     compare: str | None,
+    engine: dict[str, Any],
     report: Callable[[str], None],
     **_: Any,
 ) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def run(
         dtype=dtype,
         batch=batch,
         length=prompt_tokens + new_tokens,
+        **engine,
     )
     width = DTYPE_BYTES[llm.plan.dtype]
     bandwidth = roofline.measure_read_bandwidth(llm.device)
@@ -105,24 +106,3 @@ def _generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> float:
     start = time.perf_counter()
     llm.generate(prompts, params)
     return time.perf_counter() - start
-
-
-def check_decode(llm: LLM, prompt: list[int], *, new_tokens: int) -> None:
-    """Raise unless greedy decoding picks the tokens that a single prefill of the whole text would pick.
-
-    Ties within rounding count as agreement: a taken token's logit may lie below the best by the spread that
-    the dtype's rounding allows.
-    """
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-    tokens = llm.generate(prompt, params)[0].outputs[0].token_ids
-    logits = llm.logits(prompt + tokens)[len(prompt) - 1 : -1]
-    taken = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    gap = (logits.amax(-1) - taken) / logits.abs().amax(-1)
-    # Relative rounding of the dtype, over about 8 roundings a layer, five standard deviations.
-    epsilon = 2.0**-24 if llm.plan.dtype == "float32" else 2.0**-9
-    limit = 5 * epsilon * (8 * llm.config.num_layers) ** 0.5
-    if not bool((gap <= limit).all()):
-        raise HayateError(
-            f"decoding disagrees with prefill: a token's logit is {gap.max():.3g} of the scale below the best "
-            f"(limit {limit:.3g}); no speed is reported for wrong results"
-        )

@@ -20,6 +20,12 @@ class StepCost:
     flops: float
 
 
+def teraflops(count: float) -> str:
+    """In 10^12, three digits or all before the point."""
+    value = count / 1e12
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def measure_read_bandwidth(device: torch.device) -> float:
     """Bytes a second of a read-only pass over memory much larger than any cache; the best of several."""
     if device.type == "cuda":

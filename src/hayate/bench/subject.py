@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 import hayate
+from hayate.config import DTYPE_BYTES, EngineOptions
+from hayate.runtime.device import resolve_device
 from hayate.runtime.llm import LLM
+from hayate.runtime.loading import make_plan
 
 
 def open_llm(
@@ -20,8 +23,12 @@ def open_llm(
     dtype: str,
     batch: int,
     length: int,
+    **engine: Any,
 ) -> LLM:
-    """The model to measure, with room for `batch` sequences of `length` tokens."""
+    """The model to measure, with room for `batch` sequences of `length` tokens, or for as many as fit.
+
+    engine: further options of `LLM`; they come before what is chosen here.
+    """
     from hayate.models import load_config, preset_config
 
     if preset is not None:
@@ -32,15 +39,19 @@ def open_llm(
         assert model is not None
         model = str(resolve_model(model))
         config = load_config(model)
-    pages = batch * (-(-(length + 2) // 64) + 1)
-    width = 4 if dtype == "float32" else 2
     options: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
         "max_model_len": length + 1,
-        "kv_memory": pages * 64 * config.kv_bytes_per_token(width),
         "max_num_seqs": batch,
+        **engine,
     }
+    if "kv_memory" not in engine:
+        most = EngineOptions(**options, kv_memory="90%")
+        plan = make_plan(config, most, resolve_device(device))
+        page_bytes = plan.page_size * config.kv_bytes_per_token(DTYPE_BYTES[plan.dtype])
+        pages = batch * (-(-(length + 2) // plan.page_size) + 1)
+        options["kv_memory"] = min(pages * page_bytes, plan.kv_bytes)
     if preset is not None:
         return LLM.from_random(config, **options)
     assert model is not None

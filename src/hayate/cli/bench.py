@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from hayate.cli import options
+from hayate.cli.progress import counting_bar
 from hayate.config import parse_dtype
 from hayate.errors import UsageError
 
@@ -20,6 +21,10 @@ class Kind(str, Enum):
 
     decode = "decode"
     prefill = "prefill"
+    ttft = "ttft"
+    throughput = "throughput"
+    equality = "equality"
+    speculation = "speculation"
     load = "load"
     kernels = "kernels"
 
@@ -30,20 +35,53 @@ class Rival(str, Enum):
     transformers = "transformers"
 
 
-DEFAULTS: dict[str, Any] = {
-    "model": None,
-    "preset": None,
-    "prompt_tokens": 128,
-    "new_tokens": 128,
-    "batch": 1,
-    "runs": 5,
-    "compare": None,
-}
-OPTIONS_OF = {
-    Kind.decode: set(DEFAULTS),
-    Kind.prefill: set(DEFAULTS) - {"new_tokens"},
-    Kind.load: {"model", "preset", "runs"},
-    Kind.kernels: {"runs"},
+MODEL = ("model", "preset")
+ENGINE = (  # options of `LLM`; the default is the engine's
+    "kv_memory",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_chunk_tokens",
+    "prefix_cache",
+    "batch_invariant",
+    "speculative",
+    "num_draft_tokens",
+)
+# What each measurement takes, with its default; those of ENGINE have none.
+OPTIONS_OF: dict[Kind, dict[str, Any]] = {
+    Kind.decode: {
+        **dict.fromkeys((*MODEL, *ENGINE, "compare")),
+        "prompt_tokens": [128],
+        "new_tokens": 128,
+        "batch": 1,
+        "runs": 5,
+    },
+    Kind.prefill: {
+        **dict.fromkeys((*MODEL, *ENGINE, "compare")),
+        "prompt_tokens": [128],
+        "batch": 1,
+        "runs": 5,
+    },
+    Kind.ttft: {
+        **dict.fromkeys((*MODEL, *ENGINE)),
+        "prompt_tokens": [1000, 8192, 32768],
+        "new_tokens": 64,
+        "runs": 3,
+        "cached": False,
+    },
+    Kind.throughput: {
+        **dict.fromkeys((*MODEL, *ENGINE)),
+        "requests": 256,
+        "input": 1000,
+        "output": 200,
+    },
+    Kind.equality: dict.fromkeys(MODEL),
+    Kind.speculation: {
+        **dict.fromkeys(("model", "kv_memory", "speculative", "num_draft_tokens")),
+        "new_tokens": 256,
+        "runs": 3,
+    },
+    Kind.load: {**dict.fromkeys(MODEL), "runs": 5},
+    Kind.kernels: {"runs": 5},
 }
 
 
@@ -63,53 +101,118 @@ def bench(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     prompt_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Length of the prompt (128).")
+        str | None,
+        typer.Option(metavar="N[,N...]", help="Length of the prompt (128); of several for ttft."),
     ] = None,
     new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens to generate (128).")
+        int | None, typer.Option(metavar="N", min=1, help="Tokens to generate (128, ttft 64).")
     ] = None,
+    requests: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Requests handed in at once (256).")
+    ] = None,
+    input: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of each request's prompt (1000).")
+    ] = None,
+    output: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of each answer (200).")
+    ] = None,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="Each prompt a second time, from the prefix cache.")
+    ] = False,
     batch: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Sequences at once (1).")
     ] = None,
     runs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="The median of N counts (5).")
+        int | None, typer.Option(metavar="N", min=1, help="The median of N counts (5, ttft 3).")
     ] = None,
     compare: Annotated[
         Rival | None, typer.Option(help="Measure this one as well, on the same model.")
     ] = None,
+    kv_memory: options.KvMemory = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    max_chunk_tokens: options.MaxChunkTokens = None,
+    prefix_cache: options.PrefixCache = True,
+    batch_invariant: options.BatchInvariant = False,
+    speculative: options.Speculative = None,
+    num_draft_tokens: options.NumDraftTokens = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure speed: the ceiling first, then the result as a share of it."""
-    given = {
-        "model": model,
-        "preset": preset,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "batch": batch,
-        "runs": runs,
-        "compare": compare.value if compare else None,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    """Measure speed: the ceiling first, then the result as a share of it.
+
+    decode, prefill: batches of one shape. ttft: the first token of one prompt. throughput: many requests at once.
+    equality: whether a request's tokens depend on what happens around it. speculation: with drafts and without.
+    load, kernels: as they say.
+    """
+    given = options.given(
+        {
+            "model": model,
+            "preset": preset,
+            "prompt_tokens": prompt_tokens and _lengths(prompt_tokens),
+            "new_tokens": new_tokens,
+            "requests": requests,
+            "input": input,
+            "output": output,
+            "cached": cached or None,
+            "batch": batch,
+            "runs": runs,
+            "compare": compare.value if compare else None,
+            "kv_memory": kv_memory,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_chunk_tokens": max_chunk_tokens,
+            "prefix_cache": None if prefix_cache else False,
+            "batch_invariant": batch_invariant or None,
+            "speculative": speculative,
+            "num_draft_tokens": num_draft_tokens,
+        }
+    )
     _check(kind, given, random_weights)
+    chosen = {**OPTIONS_OF[kind], **given}
+    if kind in (Kind.decode, Kind.prefill):
+        if len(chosen["prompt_tokens"]) > 1:
+            raise UsageError(
+                f"--prompt-tokens {prompt_tokens}: `bench {kind.value}` takes one length"
+            )
+        chosen["prompt_tokens"] = chosen["prompt_tokens"][0]
     run = import_module(f"hayate.bench.{kind.value}").run
     result = run(
-        **{**DEFAULTS, **given},
+        **{name: value for name, value in chosen.items() if name not in ENGINE},
+        engine={name: value for name, value in given.items() if name in ENGINE},
         random_weights=random_weights,
         device=options.checked_device(device),
         dtype=parse_dtype(dtype),
         report=(lambda line: None) if as_json else print,
+        bar=counting_bar,
     )
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
+    if not result.get("holds", True):
+        raise typer.Exit(1)
+
+
+def _lengths(text: str) -> list[int]:
+    """'1000,8192' -> [1000, 8192]."""
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        lengths = [0]
+    if min(lengths) < 1:
+        raise UsageError(
+            f"--prompt-tokens {text!r} must be a number of tokens, or several with commas"
+        )
+    return lengths
 
 
 def _check(kind: Kind, given: dict[str, Any], random_weights: bool) -> None:
     """UsageError for an option that this measurement would ignore, or one that it lacks."""
-    if ignored := given.keys() - OPTIONS_OF[kind]:
+    if ignored := given.keys() - OPTIONS_OF[kind].keys():
         option = "--" + sorted(ignored)[0].replace("_", "-")
+        option = "--no-prefix-cache" if option == "--prefix-cache" else option
         raise UsageError(f"{option} means nothing to `bench {kind.value}`; leave it out")
     if "model" in OPTIONS_OF[kind] and ("model" in given) == ("preset" in given):
         raise UsageError("say what to measure: either --model DIR|NAME or --preset NAME")
     if ("preset" in given) != random_weights:
         raise UsageError("--preset NAME and --random-weights go together: a preset has no weights")
+    options.check_speculation(given)

@@ -35,6 +35,11 @@ def chat(
     revision: options.Revision = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    prefix_cache: options.PrefixCache = True,
+    batch_invariant: options.BatchInvariant = False,
+    speculative: options.Speculative = None,
+    num_draft_tokens: options.NumDraftTokens = None,
     verbose: options.Verbose = False,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -84,6 +89,11 @@ def chat(
         max_model_len=max_model_len,
         kv_memory=kv_memory,
         verbose=verbose,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefix_cache=prefix_cache,
+        batch_invariant=batch_invariant,
+        speculative=speculative,
+        num_draft_tokens=num_draft_tokens,
     )
     Conversation(llm, params, system, show_rate=verbose).run(_lines())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,6 +55,11 @@ def generate(
     revision: options.Revision = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    prefix_cache: options.PrefixCache = True,
+    batch_invariant: options.BatchInvariant = False,
+    speculative: options.Speculative = None,
+    num_draft_tokens: options.NumDraftTokens = None,
     verbose: options.Verbose = False,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -71,6 +75,11 @@ def generate(
     min_tokens: options.MinTokens = 0,
     ignore_eos: options.IgnoreEos = False,
     keep_special_tokens: options.KeepSpecial = False,
+    json_object: options.JsonObject = False,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    choice: options.Choice = None,
+    grammar: options.Grammar = None,
 ) -> None:
     """Continue a prompt: text on standard output, figures on standard error.
 
@@ -101,6 +110,7 @@ def generate(
         logprobs=logprobs,
         ignore_eos=ignore_eos,
         skip_special_tokens=not keep_special_tokens,
+        structured=options.parse_structured(json_object, json_schema, regex, choice, grammar),
     )
     llm = options.open_llm(
         model,
@@ -110,6 +120,11 @@ def generate(
         max_model_len=max_model_len,
         kv_memory=kv_memory,
         verbose=verbose,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefix_cache=prefix_cache,
+        batch_invariant=batch_invariant,
+        speculative=speculative,
+        num_draft_tokens=num_draft_tokens,
     )
     query: Query = _messages(text, system) if chat else text
     if stream and samples == 1 and not as_json:
@@ -128,17 +143,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None:
         return options.checked_text(prompt, "--prompt")
     assert prompt_file is not None
-    try:
-        data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
-    except OSError as error:
-        raise UsageError(f"--prompt-file {prompt_file}: {error.strerror or error}") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--prompt-file {prompt_file} is not UTF-8: byte {data[error.start]:#04x} at offset "
-            f"{error.start}; convert it, for example with iconv"
-        ) from None
+    return options.read_text(prompt_file, "--prompt-file")
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:

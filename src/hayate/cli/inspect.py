@@ -76,7 +76,7 @@ def fit(config: ModelConfig, device: Device, dtype: str) -> dict[str, Any]:
     such."""
     import torch
 
-    from hayate.runtime.llm import make_plan
+    from hayate.runtime.loading import make_plan
 
     report: dict[str, Any] = {
         "device": device.name,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from hayate import __version__
-from hayate.cli import bench, chat, data, env, generate, inspect, pull
+from hayate.cli import bench, chat, data, env, generate, inspect, pull, train
 from hayate.errors import HayateError
 
 INTERRUPTED = 130
@@ -125,6 +125,8 @@ app.command("inspect")(_verb(inspect.inspect))
 app.command("pull")(_verb(pull.pull))
 app.command("env")(_verb(env.env))
 app.command("bench")(_verb(bench.bench))
+app.command("train", context_settings={"ignore_unknown_options": True})(_verb(train.train))
+app.command("plot")(_verb(train.plot))
 
 _data = typer.Typer(help="Prepare text for training.", no_args_is_help=True)
 _data.command("prepare")(_verb(data.prepare))

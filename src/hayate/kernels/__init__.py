@@ -4,7 +4,7 @@ Everything public is here by name (`from hayate.kernels import linear`). A funct
 name of its file; then the attribute of the package is the function.
 """
 
-from hayate.kernels._dispatch import Implementation, implementation_for, use
+from hayate.kernels._dispatch import Implementation, batch_invariant, implementation_for, use
 from hayate.kernels.attention import attention, attention_scores
 from hayate.kernels.elementwise import add, mul, relu2, scale, silu, silu_and_mul
 from hayate.kernels.embedding import embedding
@@ -14,6 +14,7 @@ from hayate.kernels.norm import Norm, apply_norm, layernorm1p, rmsnorm, rmsnorm_
 from hayate.kernels.rope import rope, rope_and_cache, rope_freqs
 from hayate.kernels.sampling import advance_decode, argmax, sample
 from hayate.kernels.softmax import softmax, softmax_topk
+from hayate.kernels.token_mask import apply_token_mask
 
 __all__ = [
     "Activation",
@@ -22,9 +23,11 @@ __all__ = [
     "add",
     "advance_decode",
     "apply_norm",
+    "apply_token_mask",
     "argmax",
     "attention",
     "attention_scores",
+    "batch_invariant",
     "embedding",
     "gemm",
     "gemm_batched",

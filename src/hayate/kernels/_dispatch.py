@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Literal
 
@@ -30,6 +31,30 @@ def use(implementation: Implementation) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+# Of the thread: engines with and without it may run side by side.
+_batch_invariant: ContextVar[bool] = ContextVar("batch_invariant", default=False)
+
+
+@contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """Inside the `with` block a row's result does not depend on the other rows, to the last bit.
+
+    `linear`, `attention`, `moe_route` and `moe_mlp` then take every sum in an order that neither the number
+    of rows nor the cutting of a sequence into steps changes; all other operations do so anyway. A CUDA graph
+    captured inside keeps those kernels.
+    """
+    token = _batch_invariant.set(enabled)
+    try:
+        yield
+    finally:
+        _batch_invariant.reset(token)
+
+
+def is_batch_invariant() -> bool:
+    """True inside `batch_invariant()`."""
+    return _batch_invariant.get()
 
 
 def interpreting() -> bool:

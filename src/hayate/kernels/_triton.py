@@ -44,6 +44,7 @@ __all__ = [
     "COMPILE_CASES",
     "HAS_TRITON",
     "CompileCase",
+    "TensorDescriptor",
     "cdiv",
     "gdc_launch_dependents",
     "gdc_wait",
@@ -70,10 +71,11 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
     HAS_TRITON = False
 
 

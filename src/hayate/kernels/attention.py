@@ -12,15 +12,21 @@ s lies in page page_table[s, j // B] at offset j % B.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hayate.kernels import cpu
-from hayate.kernels._dispatch import implementation_for
+from hayate.kernels._dispatch import implementation_for, is_batch_invariant
 from hayate.kernels.decode_attention import MAX_DECODE_ROWS, _decode_attention_triton
-from hayate.kernels.flash_attention import _flash_attention_triton, flash_attention, sdpa_is_faster
+from hayate.kernels.flash_attention import launch_flash_attention
+from hayate.kernels.invariant_attention import launch_invariant_attention
+from hayate.kernels.short_decode_attention import (
+    launch_short_decode_attention,
+    takes_short_kernel,
+)
 
 
 def attention_scores(
@@ -137,6 +143,7 @@ def attention(
     max_seqlen_k: int,
     scale: float,
     window: int | None = None,
+    num_decode: int = 0,
 ) -> Tensor:
     """Causal attention of fresh tokens over everything their sequences hold in the cache.
 
@@ -152,27 +159,59 @@ def attention(
             (at most 16 queries) bounds will do, so that a CUDA graph stays valid.
         scale: factor of the scores, usually K ** -0.5.
         window: how many positions a query sees, itself included; None is all.
+        num_decode: so many sequences at the front have exactly one query each, which then do not
+            share the tiles made for many; the result is the same.
 
     Returns (T, H, K) in q's dtype; rows after cu_seqlens_q[-1] are unspecified.
     """
-    run = attention_reference
     implementation = implementation_for(q)
+    operands = (q, k_cache, v_cache, page_table, cu_seqlens_q, seq_lens)
+    if implementation == "triton":
+        if 0 < num_decode < seq_lens.numel():
+            return _mixed_triton(*operands, num_decode, max_seqlen_q, scale, window)
+        return _attention_triton(*operands, max_seqlen_q=max_seqlen_q, scale=scale, window=window)
+    run = attention_reference
     if implementation == "native" and cpu.attention_fits(q, k_cache, v_cache, max_seqlen_q):
         run = cpu.attention
-    elif implementation == "triton":
-        run = _attention_triton
     return run(
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        cu_seqlens_q,
-        seq_lens,
+        *operands,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         scale=scale,
         window=window,
     )
+
+
+def _mixed_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    num_decode: int,
+    max_seqlen_q: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Single queries by the decode kernel, the sequences after them by the prefill kernel."""
+    out = torch.empty_like(q)
+    caches = (k_cache, v_cache)
+    single = (page_table[:num_decode], cu_seqlens_q[: num_decode + 1], seq_lens[:num_decode])
+    longer = (page_table[num_decode:], cu_seqlens_q[num_decode:], seq_lens[num_decode:])
+    options: dict[str, Any] = {"scale": scale, "window": window}
+    if is_batch_invariant():
+        launch_invariant_attention(q, *caches, *single, max_seqlen_q=1, out=out, **options)
+        launch_invariant_attention(
+            q, *caches, *longer, max_seqlen_q=max_seqlen_q, out=out, **options
+        )
+    else:
+        first = _decode_attention_triton(
+            q[:num_decode], *caches, *single, max_seqlen_q=1, **options
+        )
+        out[:num_decode] = first
+        launch_flash_attention(q, *caches, *longer, max_seqlen_q=max_seqlen_q, out=out, **options)
+    return out
 
 
 def _attention_triton(
@@ -184,46 +223,16 @@ def _attention_triton(
     seq_lens: Tensor,
     *,
     max_seqlen_q: int,
-    max_seqlen_k: int,
     scale: float,
-    window: int | None = None,
+    window: int | None,
 ) -> Tensor:
-    (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k_cache.shape[2]
-    if max_seqlen_q * (num_heads // num_kv_heads) <= MAX_DECODE_ROWS and max_seqlen_q <= 16:
-        return _decode_attention_triton(
-            q,
-            k_cache,
-            v_cache,
-            page_table,
-            cu_seqlens_q,
-            seq_lens,
-            max_seqlen_q=max_seqlen_q,
-            scale=scale,
-            window=window,
-        )
-    # A prompt of one sequence from its start: its keys, gathered, are those of a dense attention.
-    fresh = seq_lens.numel() == 1 and num_tokens == max_seqlen_q == max_seqlen_k
-    if fresh and window is None and sdpa_is_faster(q.device, head_dim, num_tokens):
-        pages = page_table[0, : -(-max_seqlen_k // k_cache.shape[1])]
-        k, v = (c.index_select(0, pages).flatten(0, 1)[:num_tokens] for c in (k_cache, v_cache))
-        return flash_attention(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_q,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            scale=scale,
-        )
-    return _flash_attention_triton(
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        cu_seqlens_q,
-        seq_lens,
-        max_seqlen_q=max_seqlen_q,
-        scale=scale,
-        window=window,
-    )
+    operands = (q, k_cache, v_cache, page_table, cu_seqlens_q, seq_lens)
+    few = max_seqlen_q <= 16 and max_seqlen_q * (q.shape[1] // k_cache.shape[2]) <= MAX_DECODE_ROWS
+    options: dict[str, Any] = {"max_seqlen_q": max_seqlen_q, "scale": scale, "window": window}
+    if is_batch_invariant():
+        return launch_invariant_attention(*operands, **options)
+    if few and takes_short_kernel(page_table, k_cache):
+        return launch_short_decode_attention(*operands, **options)
+    if few:
+        return _decode_attention_triton(*operands, **options)
+    return launch_flash_attention(*operands, **options)

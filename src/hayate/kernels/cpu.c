@@ -76,6 +76,7 @@ typedef struct {
   void *out;
   int64_t num_tokens, width, num_columns;  // T, D and the columns of the result (F for silu_and_mul)
   int64_t activation, bf16, bias_bf16, residual_bf16, num_threads;
+  int64_t invariant;  // a token's sums are taken in one order, whether it comes alone or with others
   Norm norm;
 } LinearArguments;
 
@@ -109,13 +110,13 @@ INLINE void dot_rows(const float *x, int64_t x_stride, const char *weight, int64
   }
 }
 
-// The same for n <= TILE rows and any number of tokens. A single token reads row after row. Several share a
-// pair of rows, in groups of 2, 4 or 8, the last one filled up with tokens of zeros; a tile's rows are still
-// in the cache when its second group comes.
+// The same for n <= TILE rows and any number of tokens. A single token reads row after row, in two sums. Several
+// share a pair of rows (`pairs`), in groups of 2, 4 or 8, the last one filled up with tokens of zeros; a tile's
+// rows are still in the cache when its second group comes.
 INLINE void dot_tile(const float *x, int64_t x_stride, const char *weight, int64_t width, int64_t n,
-                     float (*out)[TILE], int64_t num_tokens, const int bf16) {
+                     float (*out)[TILE], int64_t num_tokens, int64_t pairs, const int bf16) {
   const int64_t row_bytes = width * (bf16 ? 2 : 4);
-  const int64_t paired = num_tokens > 1 ? n / 2 * 2 : 0;
+  const int64_t paired = pairs ? n / 2 * 2 : 0;
   for (int64_t t = 0; t < num_tokens; t += TOKENS_AT_ONCE) {
     for (int64_t r = 0; r < paired; r += 2) {
       const float *xt = x + t * x_stride;
@@ -133,13 +134,13 @@ INLINE void dot_tile(const float *x, int64_t x_stride, const char *weight, int64
 }
 
 static void dot_tile_bf16(const float *x, int64_t x_stride, const char *weight, int64_t width, int64_t n,
-                          float (*out)[TILE], int64_t num_tokens) {
-  dot_tile(x, x_stride, weight, width, n, out, num_tokens, 1);
+                          float (*out)[TILE], int64_t num_tokens, int64_t pairs) {
+  dot_tile(x, x_stride, weight, width, n, out, num_tokens, pairs, 1);
 }
 
 static void dot_tile_fp32(const float *x, int64_t x_stride, const char *weight, int64_t width, int64_t n,
-                          float (*out)[TILE], int64_t num_tokens) {
-  dot_tile(x, x_stride, weight, width, n, out, num_tokens, 0);
+                          float (*out)[TILE], int64_t num_tokens, int64_t pairs) {
+  dot_tile(x, x_stride, weight, width, n, out, num_tokens, pairs, 0);
 }
 
 // Bias, activation, residual and the rounding of columns [column, column + n) of one token.
@@ -166,14 +167,14 @@ static void finish_tile(const LinearArguments *a, int64_t token, int64_t column,
 
 static void linear_columns(const LinearArguments *a, const float *x, int64_t x_stride, int64_t begin,
                            int64_t end) {
-  const int64_t row_bytes = a->width * (a->bf16 ? 2 : 4);
+  const int64_t row_bytes = a->width * (a->bf16 ? 2 : 4), pairs = a->num_tokens > 1 || a->invariant;
   float tile[MAX_TOKENS][TILE] = {0}, up[MAX_TOKENS][TILE] = {0};
   for (int64_t c = begin; c < end; c += TILE) {
     const int64_t n = end - c < TILE ? end - c : TILE;
     const char *rows = (const char *)a->weight + c * row_bytes, *up_rows = rows + a->num_columns * row_bytes;
-    (a->bf16 ? dot_tile_bf16 : dot_tile_fp32)(x, x_stride, rows, a->width, n, tile, a->num_tokens);
+    (a->bf16 ? dot_tile_bf16 : dot_tile_fp32)(x, x_stride, rows, a->width, n, tile, a->num_tokens, pairs);
     if (a->activation == ACT_SILU_AND_MUL)
-      (a->bf16 ? dot_tile_bf16 : dot_tile_fp32)(x, x_stride, up_rows, a->width, n, up, a->num_tokens);
+      (a->bf16 ? dot_tile_bf16 : dot_tile_fp32)(x, x_stride, up_rows, a->width, n, up, a->num_tokens, pairs);
     for (int64_t t = 0; t < a->num_tokens; t++) finish_tile(a, t, c, n, tile[t], up[t]);
   }
 }
@@ -181,7 +182,7 @@ static void linear_columns(const LinearArguments *a, const float *x, int64_t x_s
 // residual + act(norm(x) weight^T + bias): x (T, D), weight (N, D), T <= MAX_TOKENS, everything contiguous.
 static int64_t run_linear(const LinearArguments *a) {
   const int64_t stride = (a->width + W - 1) / W * W;
-  const int64_t padded = a->num_tokens <= 2 ? a->num_tokens : a->num_tokens <= 4 ? 4 : MAX_TOKENS;
+  const int64_t padded = a->num_tokens <= 2 ? 2 : a->num_tokens <= 4 ? 4 : MAX_TOKENS;
   float *x = calloc(stride * padded, sizeof(float));
   for (int64_t t = 0; t < a->num_tokens; t++) {
     for (int64_t d = 0; d < a->width; d += W) {

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hayate.kernels._dispatch import is_batch_invariant
 from hayate.kernels.cpu_library import library, native_status
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ _ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2, "silu_and_mul": 3}
 
 # One letter a field, in the order of the structs of cpu.c, the operation's number first; a norm is
 # "5qd", strides are in elements.
-_LINEAR = struct.Struct("=q 5q3q5q 5qd")
+_LINEAR = struct.Struct("=q 5q3q6q 5qd")
 _ROPE = struct.Struct("=q 7q6q4q4q2qd 5qd 5qd")
-_ATTENTION = struct.Struct("=q 7q5q6qq2qd")
+_ATTENTION = struct.Struct("=q 7q5q6qq3qd")
 _ARGMAX = struct.Struct("=q 2q3q")
 _EMBEDDING = struct.Struct("=q 3q4q")
 _LINEAR_CALL, _ROPE_CALL, _ATTENTION_CALL, _ARGMAX_CALL, _EMBEDDING_CALL = range(5)
@@ -114,14 +115,16 @@ def _run(call: bytes, *tensors: Tensor | None) -> None:
 def linear_fits(x: Tensor, weight: Tensor) -> bool:
     """x (T, D), weight (N, D) on the CPU, contiguous, both bf16 or both fp32, no gradient; few T.
 
-    Up to 4 tokens; up to 8 while x stays in the first cache. Beyond, matrix units are faster.
+    Up to 4 tokens; up to 8 while x stays in the first cache. Beyond, matrix units are faster, but
+    their sums depend on the number of tokens: with `batch_invariant` any number fits.
     """
     if x.dim() != 2:
         return False
     num_tokens, width = x.shape
+    few = num_tokens <= 4 or num_tokens <= min(_MAX_LINEAR_TOKENS, _MAX_INPUT // width)
     return (
-        0 < num_tokens <= _MAX_LINEAR_TOKENS
-        and (num_tokens <= 4 or num_tokens * width <= _MAX_INPUT)
+        num_tokens > 0
+        and (few or is_batch_invariant())
         and weight.dtype is x.dtype
         and weight.is_cpu
         and weight.is_contiguous()
@@ -145,6 +148,18 @@ def linear(
     The normalised x stays in fp32, so there is exactly one rounding.
     """
     num_tokens, width = x.shape
+    if num_tokens > _MAX_LINEAR_TOKENS:
+        parts = x.split(_MAX_LINEAR_TOKENS)
+        more: Sequence[Tensor | None] = [None] * len(parts)
+        if residual is not None:
+            more = residual.split(_MAX_LINEAR_TOKENS)
+        options: dict[str, Any] = {"norm": norm, "activation": activation}
+        return torch.cat(
+            [
+                linear(part, weight, bias, residual=r, **options)
+                for part, r in zip(parts, more, strict=True)
+            ]
+        )
     rows, weight_width = weight.shape
     columns = rows // 2 if activation == "silu_and_mul" else rows
     assert weight_width == width
@@ -178,6 +193,7 @@ def linear(
         bias_is_half,
         residual_is_half,
         torch.get_num_threads(),
+        is_batch_invariant(),
         *norm_fields,
     )
     _run(call, x, weight, bias, residual, out, *(norm or ())[1:3])
@@ -283,9 +299,10 @@ def rope_and_cache(
 
 
 def attention_fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, max_seqlen_q: int) -> bool:
-    """q (T, H, K), caches on the CPU, all bf16 or all fp32; at most 8 queries a sequence."""
+    """q (T, H, K), caches on the CPU, all bf16 or all fp32; at most 8 queries a sequence, or with
+    `batch_invariant` any number."""
     return (
-        max_seqlen_q <= _MAX_QUERIES
+        (max_seqlen_q <= _MAX_QUERIES or is_batch_invariant())
         and q.dtype is k_cache.dtype is v_cache.dtype
         and _plain(q)
         and q.shape[-1] <= _MAX_HEAD_DIM
@@ -345,6 +362,7 @@ def attention(
         window or 0,
         q.dtype is _HALF,
         torch.get_num_threads(),
+        is_batch_invariant(),
         scale,
     )
     _run(call, q, k_cache, v_cache, page_table, cu_seqlens_q, seq_lens, out)

@@ -12,6 +12,8 @@
 enum {
   HEADS_AT_ONCE = 4,  // query heads that share one pass over the keys
   KEYS = 64,          // keys of one block
+  SPAN = 512,         // keys of a range when a token's sums may not depend on the other tokens
+  TOKENS = 256,       // whose partial sums are kept at a time
   MAX_HEAD_DIM = 256,
 };
 
@@ -25,6 +27,7 @@ typedef struct {
   int64_t page_table_stride, k_page_stride, v_page_stride;  // in elements
   int64_t window;                                           // 0: none
   int64_t bf16, num_threads;
+  int64_t invariant;  // the ranges of a token's keys do not depend on the other tokens
   double scale;
 } AttentionArguments;
 
@@ -200,15 +203,16 @@ static int64_t attend(const AttentionArguments *a, int64_t sequence, int64_t tok
   return 0;
 }
 
-// Joins what n ranges of keys left of one head into its output row.
-static void merge(const AttentionArguments *a, int64_t token, int64_t head, float *partials, int64_t n) {
+// Joins what n ranges of keys left of one head into its output row; those of the token begin at `first`.
+static void merge(const AttentionArguments *a, int64_t token, int64_t head, float *partials, int64_t first,
+                  int64_t n) {
   float max = -INFINITY, total = 0;
   vfloat out[MAX_HEAD_DIM / W] = {0};
-  for (int64_t i = token * n; i < (token + 1) * n; i++) {
+  for (int64_t i = first; i < first + n; i++) {
     const float other = partial_at(a, partials, i).max[head];
     max = other > max ? other : max;
   }
-  for (int64_t i = token * n; i < (token + 1) * n; i++) {
+  for (int64_t i = first; i < first + n; i++) {
     const Partial p = partial_at(a, partials, i);
     if (p.total[head] == 0) continue;  // an empty range: its maximum is -infinity
     const float weight = expf(p.max[head] - max);
@@ -238,27 +242,35 @@ int64_t hayate_attention(const void *arguments) {
   const int64_t threads = work < 32768 ? 1 : a->num_threads, most = (longest + KEYS - 1) / KEYS;
   int64_t splits = threads == 1 ? 1 : (4 * threads + a->num_tokens - 1) / a->num_tokens;
   if (splits > most) splits = most;
-  float *partials = malloc(sizeof(float) * partial_size(a) * a->num_tokens * splits);
+  if (a->invariant) splits = (longest + SPAN - 1) / SPAN;
+  const int64_t room = a->num_tokens < TOKENS ? a->num_tokens : TOKENS;
+  float *partials = malloc(sizeof(float) * partial_size(a) * room * splits);
   int64_t bad = 0;
+  for (int64_t first = 0; first < a->num_tokens; first += TOKENS) {
+    const int64_t tokens = a->num_tokens - first < TOKENS ? a->num_tokens - first : TOKENS;
 #pragma omp parallel num_threads(threads) reduction(| : bad) if (threads > 1)
-  {
+    {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < a->num_tokens * splits; i++) {
-      const int64_t token = i / splits, sequence = sequence_of[token];
-      const Partial p = partial_at(a, partials, i);
-      int64_t begin = 0, end = 0;
-      if (sequence >= 0) {
-        const int64_t keys_end = a->seq_lens[sequence] - (a->cu_seqlens_q[sequence + 1] - token) + 1;
-        const int64_t start = a->window > 0 && keys_end > a->window ? keys_end - a->window : 0;
-        const int64_t span = ((keys_end - start + splits - 1) / splits + KEYS - 1) / KEYS * KEYS;
-        begin = start + i % splits * span;
-        end = begin + span < keys_end ? begin + span : keys_end;
+      for (int64_t i = 0; i < tokens * splits; i++) {
+        const int64_t token = first + i / splits, sequence = sequence_of[token];
+        const Partial p = partial_at(a, partials, i);
+        int64_t begin = 0, end = 0;
+        if (sequence >= 0) {
+          const int64_t keys_end = a->seq_lens[sequence] - (a->cu_seqlens_q[sequence + 1] - token) + 1;
+          const int64_t start = a->window > 0 && keys_end > a->window ? keys_end - a->window : 0;
+          int64_t span = ((keys_end - start + splits - 1) / splits + KEYS - 1) / KEYS * KEYS;
+          if (a->invariant) span = SPAN;
+          begin = start + i % splits * span;
+          end = begin + span < keys_end ? begin + span : keys_end;
+        }
+        bad |= attend(a, sequence, token, begin, end, &p);
       }
-      bad |= attend(a, sequence, token, begin, end, &p);
-    }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < a->num_tokens * a->num_heads; i++)
-      merge(a, i / a->num_heads, i % a->num_heads, partials, splits);
+      for (int64_t i = 0; i < tokens * a->num_heads; i++) {
+        const int64_t token = i / a->num_heads;
+        merge(a, first + token, i % a->num_heads, partials, token * splits, splits);
+      }
+    }
   }
   free(sequence_of);
   free(partials);

@@ -7,17 +7,18 @@ For a query at position p of a sequence, with the keys j <= p, and j > p - windo
 computed tile by tile with a running maximum and sum (FlashAttention, arXiv 2205.14135, 2307.08691).
 Keys and values come from the pages of the KV cache, so a chunk of a prompt sees the chunks before
 it, or from packed tensors. The specification is `attention.attention_reference`.
+
+On compute capability 9.0 `hopper_attention` does it, in 16 bits; the kernel here is that of all
+other cards, of fp32 and of the interpreter.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hayate.kernels._triton import (
     gdc_launch_dependents,
@@ -28,6 +29,7 @@ from hayate.kernels._triton import (
     tl,
     triton,
 )
+from hayate.kernels.hopper_attention import hopper_attention_fits, launch_hopper_attention
 
 LOG2_E = math.log2(math.e)
 
@@ -102,7 +104,7 @@ def kv_tile(
 
 
 @triton.jit
-def _attend(
+def attend(
     acc,  # (BLOCK_M, BLOCK_K) fp32, sum of p * v
     total,  # (BLOCK_M,) sum of p
     peak,  # (BLOCK_M,) largest score so far, in units of log2
@@ -153,9 +155,10 @@ def _attend(
                 visible &= j > position[:, None] - window
             scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale_log2)
-        p = tl.exp2(scores * scale_log2 - new_peak[:, None])
+        # The one rounding of fma is asked for: masked and whole tiles must give the same bits.
+        p = tl.exp2(tl.fma(scores, scale_log2, -new_peak[:, None]))
         shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(p, axis=1)
+        total = tl.fma(total, shrink, tl.sum(p, axis=1))
         peak = new_peak
         if MASKED:
             v = tl.load(v_tile, mask=exists, other=0.0)
@@ -167,7 +170,11 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit
+# Slices of a batch's tables begin anywhere, and their width changes from step to step.
+@triton.jit(
+    do_not_specialize=["table_stride", "window"],
+    do_not_specialize_on_alignment=["table_ptr", "cu_seqlens_q_ptr", "kv_lens_ptr"],
+)
 def _flash_attention_kernel(
     q_ptr,  # (T, H, K)
     k_ptr,  # (P, B, G, K) with pages, else (T, G, K)
@@ -186,6 +193,7 @@ def _flash_attention_kernel(
     G: tl.constexpr,
     K: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,  # else every query sees all keys of its sequence
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -234,6 +242,9 @@ def _flash_attention_kernel(
 
     # Keys [begin, whole) are seen by some of the queries (window), [whole, diagonal) by all,
     # [diagonal, end) by some (causality).
+    if not CAUSAL:
+        first_position = kv_len - 1
+        position = first_position + 0 * rows
     end = tl.minimum(first_position + BLOCK_M, kv_len)
     diagonal = (first_position + 1) // BLOCK_N * BLOCK_N
     begin = 0
@@ -242,18 +253,18 @@ def _flash_attention_kernel(
         whole = tl.maximum(first_position + BLOCK_M - window, 0)
         whole = tl.cdiv(tl.minimum(whole, end), BLOCK_N) * BLOCK_N
         diagonal = tl.maximum(diagonal, whole)
-        acc, total, peak = _attend(
+        acc, total, peak = attend(
             acc, total, peak, q, position, k_ptr, v_ptr, table_ptr, begin, whole, end,
             stride_page, stride_token, scale_log2, window,
             K, BLOCK_N, BLOCK_K, PAGE_SIZE, True, WINDOW, PRECISION,
         )  # fmt: skip
         begin = whole
-    acc, total, peak = _attend(
+    acc, total, peak = attend(
         acc, total, peak, q, position, k_ptr, v_ptr, table_ptr, begin, diagonal, end,
         stride_page, stride_token, scale_log2, window,
         K, BLOCK_N, BLOCK_K, PAGE_SIZE, False, WINDOW, PRECISION,
     )  # fmt: skip
-    acc, total, peak = _attend(
+    acc, total, peak = attend(
         acc, total, peak, q, position, k_ptr, v_ptr, table_ptr, diagonal, end, end,
         stride_page, stride_token, scale_log2, window,
         K, BLOCK_N, BLOCK_K, PAGE_SIZE, True, WINDOW, PRECISION,
@@ -267,7 +278,7 @@ def _flash_attention_kernel(
     )
 
 
-def _flash_attention_triton(
+def launch_flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -277,19 +288,32 @@ def _flash_attention_triton(
     *,
     max_seqlen_q: int,
     scale: float,
-    window: int | None,
+    window: int | None = None,
+    causal: bool = True,
+    out: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """Launch over pages (k, v (P, B, G, K), kv_lens (S,)) or, without a page table, over packed k
-    and v (T, G, K), kv_lens (S + 1,) cumulative."""
+    """Attention over pages (k, v (P, B, G, K), kv_lens (S,)) or, without a page table, over packed
+    k and v (T, G, K), kv_lens (S + 1,) cumulative; on a GPU, or in Triton's interpreter.
+
+    Writes the rows from cu_seqlens_q[0] on of `out`, a new tensor by default. `tiles` asks for the
+    kernel of this file, cut so. A window is for causal attention.
+    """
     num_tokens, H, K = q.shape
     G = k.shape[-2]
     assert k.stride() == v.stride()
     assert k.stride()[-2:] == q.stride()[1:] == (K, 1)
-    out = q.new_empty(num_tokens, H, K)
+    assert causal or window is None
+    if out is None:
+        out = q.new_empty(num_tokens, H, K)
     num_sequences = cu_seqlens_q.numel() - 1
     if num_tokens == 0 or num_sequences == 0:
         return out
+    operands = (q, k, v, page_table, cu_seqlens_q, kv_lens, out)
+    if tiles is None and hopper_attention_fits(q, k, page_table):
+        options: dict[str, Any] = {"scale": scale, "window": window, "causal": causal}
+        if launch_hopper_attention(*operands, max_seqlen_q=max_seqlen_q, **options):
+            return out
     if tiles is None:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
         tiles = flash_tiles(capability, K, q.dtype)
@@ -313,6 +337,7 @@ def _flash_attention_triton(
         G=G,
         K=K,
         PAGE_SIZE=0 if page_table is None else k.shape[1],
+        CAUSAL=causal,
         WINDOW=window is not None,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
@@ -324,36 +349,6 @@ def _flash_attention_triton(
     return out
 
 
-# Where PyTorch's SDPA (cuDNN) is faster than the kernel above on a fresh prompt: by compute
-# capability and head width, from how many tokens on. A new length costs cuDNN a new plan.
-_SDPA_MIN_TOKENS: dict[tuple[int, int], dict[int, int]] = {(9, 0): {64: 2048, 128: 2048}}
-
-
-def sdpa_is_faster(device: torch.device, head_dim: int, num_tokens: int) -> bool:
-    """True when a causal attention of this size is given to PyTorch's SDPA instead."""
-    if device.type != "cuda":
-        return False
-    minimum = _SDPA_MIN_TOKENS.get(torch.cuda.get_device_capability(device), {}).get(head_dim)
-    return minimum is not None and num_tokens >= minimum
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one sequence, (T, H, K), through cuDNN where PyTorch finds it usable."""
-    with sdpa_kernel(
-        [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
-        set_priority=True,
-    ):
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            is_causal=True,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-    return out[0].transpose(0, 1)
-
-
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -362,21 +357,17 @@ def flash_attention(
     cu_seqlens_k: Tensor,
     *,
     max_seqlen_q: int,
-    max_seqlen_k: int,
     scale: float,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention over packed keys and values, without a cache.
+    """Attention over packed keys and values, without a cache.
 
     q (T, H, K), k and v (N, G, K) on a GPU, or anywhere in Triton's interpreter, heads and channels
     contiguous; cu_seqlens_q and cu_seqlens_k (S + 1,) int32. The queries of a sequence are its last
-    positions. One long prompt goes to PyTorch's SDPA where that is faster (`sdpa_is_faster`).
-    Returns (T, H, K) in q's dtype.
+    positions; without `causal` each sees all keys. Returns (T, H, K) in q's dtype.
     """
-    whole = cu_seqlens_q.numel() == 2 and max_seqlen_q == max_seqlen_k == q.shape[0] == k.shape[0]
-    if whole and window is None and sdpa_is_faster(q.device, q.shape[2], q.shape[0]):
-        return _sdpa(q, k, v, scale)
-    return _flash_attention_triton(
+    return launch_flash_attention(
         q,
         k,
         v,
@@ -386,6 +377,7 @@ def flash_attention(
         max_seqlen_q=max_seqlen_q,
         scale=scale,
         window=window,
+        causal=causal,
     )
 
 
@@ -424,6 +416,7 @@ for _width, _heads, _kv_heads, _page_size, _window in (
                 "G": _kv_heads,
                 "K": _width,
                 "PAGE_SIZE": _page_size,
+                "CAUSAL": True,
                 "WINDOW": _window,
                 "BLOCK_M": _tiles.block_m,
                 "BLOCK_N": _tiles.block_n,

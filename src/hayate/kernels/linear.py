@@ -1,12 +1,15 @@
 """Linear layers with what surrounds them: y = residual + act(norm(x) @ weight^T + bias).
 
-On a GPU the number of rows T decides who does it, always with the same rounding points:
+On a GPU the number of rows T decides who does it:
 
 | rows    | how                                                                        |
 |---------|----------------------------------------------------------------------------|
-| 1, 2    | `gemv`: one kernel, everything fused                                       |
-| 3..32   | norm kernel, then `small_gemm`: activation and residual fused              |
-| above   | norm kernel, cuBLAS (with the residual, where it can), activation kernel   |
+| 1       | `gemv`: one kernel, everything fused                                       |
+| 2..64   | norm kernel, then `small_gemm`: activation and residual fused              |
+| above   | norm kernel, cuBLAS (with the residual, where it can), activation kernel;  |
+|         | for sizes where it is faster `invariant_linear`, everything fused          |
+
+What enters the tensor cores, norm(x), is rounded to x's dtype; `gemv` keeps all in fp32.
 
 On the CPU the native kernel does what it covers, and PyTorch the rest.
 """
@@ -20,8 +23,9 @@ from torch import Tensor
 
 from hayate.errors import UsageError
 from hayate.kernels import cpu, elementwise
-from hayate.kernels._dispatch import implementation_for, interpreting
+from hayate.kernels._dispatch import implementation_for, interpreting, is_batch_invariant
 from hayate.kernels.gemv import launch_gemv
+from hayate.kernels.invariant_linear import faster_than_library, launch_invariant_linear
 from hayate.kernels.norm import Norm, apply_norm, apply_norm_reference
 from hayate.kernels.small_gemm import MAX_ROWS as SMALL_GEMM_MAX_ROWS
 from hayate.kernels.small_gemm import launch_small_gemm
@@ -35,10 +39,6 @@ _ACTIVATIONS = {
     "silu": (elementwise.silu, elementwise.silu_reference),
     "silu_and_mul": (elementwise.silu_and_mul, elementwise.silu_and_mul_reference),
 }
-# An H200 can afford 14 instructions a weight before they, not its memory, set the pace. Counted in
-# the machine code, GEMVs need 5 to 8 at one row, 9 to 12 at two and up to 28 at four.
-_GEMV_ROWS = 2
-
 # What `gemv` takes; which kernel runs is `linear`'s choice.
 _FEW_ROWS = 16
 
@@ -74,8 +74,11 @@ def _linear_triton(
     x = x if x.stride(1) == 1 else x.contiguous()
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
+    if is_batch_invariant():
+        x = x if norm is None else apply_norm(x, norm)
+        return launch_invariant_linear(x, weight.contiguous(), bias, activation, residual)
     ours = rows > 0 and weight.is_contiguous()
-    if ours and rows <= _GEMV_ROWS:
+    if ours and rows == 1:
         return launch_gemv(x, weight, bias, norm, activation, residual)
     if norm is not None:
         x = apply_norm(x, norm)
@@ -83,6 +86,8 @@ def _linear_triton(
     ours = ours and (x.element_size() == 2 or interpreting())
     if ours and rows <= SMALL_GEMM_MAX_ROWS:
         return launch_small_gemm(x, weight, bias, activation, residual)
+    if ours and x.is_cuda and faster_than_library(rows, weight, activation):
+        return launch_invariant_linear(x, weight, bias, activation, residual)
     if residual is not None and activation is None and bias is None:
         if overwrite_residual:
             return residual.addmm_(x, weight.t())

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hayate.errors import UsageError
-from hayate.kernels._dispatch import implementation_for
+from hayate.kernels._dispatch import implementation_for, is_batch_invariant
 from hayate.kernels.linear import linear, linear_reference
 from hayate.kernels.moe_decode import MAX_TOKENS, moe_mlp_decode, route
 from hayate.kernels.moe_grouped import moe_mlp_grouped
@@ -42,7 +42,8 @@ def moe_route_reference(
     x = x.float()
     if norm is not None:
         x = apply_norm_reference(x, norm)
-    logits = torch.nn.functional.linear(x, router_weight.float())
+    product = linear if is_batch_invariant() else torch.nn.functional.linear
+    logits = product(x, router_weight.float())
     return softmax_topk_reference(logits, num_active, renormalize)
 
 
@@ -153,7 +154,7 @@ def moe_mlp(
         return _experts_in_turn(linear, *operands, residual)
     num_tokens, num_active = experts.shape
     few = num_tokens <= MAX_TOKENS and num_tokens * num_active <= gate_up.shape[0]
-    run = moe_mlp_decode if few else moe_mlp_grouped
+    run = moe_mlp_decode if few and not is_batch_invariant() else moe_mlp_grouped
     return run(*operands, residual=residual)
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hayate.kernels._dispatch import is_batch_invariant
 from hayate.kernels._triton import (
     gdc_launch_dependents,
     gdc_wait,
@@ -323,7 +324,7 @@ def route(
     num_tokens, (num_experts, width) = x.shape[0], router_weight.shape
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     constexprs = _route_constexprs(num_experts, num_active, width)
-    if num_tokens > _ROUTE_MAX_TOKENS:
+    if num_tokens > _ROUTE_MAX_TOKENS and not is_batch_invariant():
         del constexprs["A"]
         logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
         constexprs |= {"BLOCK_T": 16, "BLOCK_E": max(16, constexprs["BLOCK_E"]), "BK": 64}

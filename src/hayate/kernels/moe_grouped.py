@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hayate.kernels._dispatch import is_batch_invariant
 from hayate.kernels._triton import (
     gdc_launch_dependents,
     gdc_wait,
@@ -71,6 +72,8 @@ def product_tile(
 ) -> ProductTile:
     """The tile for `rows` routed rows over experts with weights (n, k)."""
     mean = -(-rows // num_experts)
+    if is_batch_invariant():  # one tile: its instructions decide in which order a sum is taken
+        return ProductTile(32, 32, 32, 4, 2) if element_size > 2 else ProductTile(64, 64, 64, 4, 4)
     if element_size > 2:  # no tensor cores, and twice the shared memory
         return ProductTile(16 if mean <= 16 else 32, 32, 32, 4, 2)
     if mean <= 32:
@@ -298,6 +301,7 @@ def _library_fits(x: Tensor, down: Tensor, rows: int) -> bool:
     num_experts, width, ffn = down.shape
     return (
         x.is_cuda
+        and not is_batch_invariant()
         and x.dtype is torch.bfloat16
         and rows >= _LIBRARY_MIN_ROWS * num_experts
         and width % 8 == 0

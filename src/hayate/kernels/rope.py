@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hayate.kernels import cpu
-from hayate.kernels._dispatch import implementation_for
+from hayate.kernels._dispatch import implementation_for, is_batch_invariant
 from hayate.kernels._triton import (
     gdc_launch_dependents,
     gdc_wait,
@@ -232,6 +232,53 @@ def _rope_and_cache_kernel(
     tl.store(target + head * K + rest, x3.to(dtype), mask=rest_mask)
 
 
+@triton.jit
+def head_angles(row_ptr, channels, HALF: tl.constexpr):
+    """Cosine of each channel's angle, and sine with the sign of its partner's share; 1 and 0 beyond
+    the rotary channels. `row_ptr` is the position's row of the table."""
+    turns = channels < 2 * HALF
+    j = tl.where(channels < HALF, channels, channels - HALF)
+    cos = tl.load(row_ptr + j, mask=turns, other=1.0)
+    sin = tl.load(row_ptr + HALF + j, mask=turns, other=0.0)
+    return cos, tl.where(channels < HALF, -sin, sin)
+
+
+@triton.jit
+def rotated_heads(
+    heads_ptr,  # (R, 1) pointers
+    channels,  # (1, BLOCK_K)
+    mask,  # (R, BLOCK_K)
+    cos,  # (1, BLOCK_K), of `head_angles`
+    sin,
+    weight_ptr,  # (K,)
+    eps,
+    clip,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """R heads of one token after norm, clip and rotation, (R, BLOCK_K) fp32.
+
+    Every channel is read a second time as the partner of the one it turns into: in decode that costs
+    nothing, and the rows stay whole, as a matrix product wants them.
+    """
+    partner = tl.where(channels < HALF, channels + HALF, channels - HALF)
+    turns = channels < 2 * HALF
+    x = tl.load(heads_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(heads_ptr + partner, mask=mask & turns, other=0.0).to(tl.float32)
+    if NORM:
+        w = tl.load(weight_ptr + channels, mask=channels < K, other=0.0).to(tl.float32)
+        v = tl.load(weight_ptr + partner, mask=turns, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / K + eps)[:, None]
+        x = x * scale * w
+        y = y * scale * v
+    if CLIP:
+        x = tl.minimum(tl.maximum(x, -clip), clip)
+        y = tl.minimum(tl.maximum(y, -clip), clip)
+    return x * cos + y * sin
+
+
 for _name, _heads, _kv_heads, _width, _rotary, _norm, _block in (
     ("minitron_8b", 32, 8, 128, 128, _NO_NORM, 4),
     ("nemotron_4b_partial", 24, 8, 128, 64, _NO_NORM, 4),
@@ -299,7 +346,9 @@ def _rope_and_cache_triton(
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     if num_tokens == 0:
         return q
-    norm, block_h = _NO_NORM, 4 if num_tokens < 64 else 8
+    # Another number of heads a program is other code, which may round otherwise.
+    few = num_tokens < 64 and not is_batch_invariant()
+    norm, block_h = _NO_NORM, 4 if few else 8
     q_weight = k_weight = cos_sin
     q_eps = k_eps = 0.0
     if q_norm is not None and k_norm is not None:

@@ -131,25 +131,28 @@ def _filter_reference(behind: Tensor, weights: Tensor, top_k: Tensor, top_p: Ten
 
 def advance_decode_reference(
     tokens: Tensor,
-    token_ids: Tensor,
     positions: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor,
-    page_table: Tensor,
     steps: Tensor,
+    page_table: Tensor,
+    token_ids: Tensor,
+    rope_rows: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
     *,
     page_size: int,
 ) -> None:
     """`advance_decode` in PyTorch."""
-    active = seq_lens > 0
+    active = positions >= -1
     positions += active
-    seq_lens += active
     steps += active
-    column = positions // page_size
+    position = torch.where(active, positions, 0)
+    column = position // page_size
     exists = active & (column < page_table.shape[1])
-    page = page_table.gather(1, torch.where(exists, column, 0)[:, None].long())[:, 0].long()
-    slots.copy_(torch.where(exists, page * page_size + positions % page_size, -1))
-    token_ids.copy_(torch.where(active, tokens.clamp_min(0), token_ids))
+    page = page_table.gather(1, torch.where(exists, column, 0)[:, None])[:, 0].long()
+    token_ids.copy_(torch.where(active, tokens.clamp_min(0), 0))
+    rope_rows.copy_(position)
+    slots.copy_(torch.where(exists, page * page_size + position % page_size, -1))
+    seq_lens.copy_(torch.where(active, position + 1, 0))
 
 
 @triton.jit
@@ -196,12 +199,13 @@ def _argmax_triton(logits: Tensor) -> Tensor:
 @triton.jit
 def _advance_decode_kernel(
     tokens_ptr,
-    token_ids_ptr,
     positions_ptr,
-    seq_lens_ptr,
-    slots_ptr,
-    page_table_ptr,
     steps_ptr,
+    page_table_ptr,
+    token_ids_ptr,
+    rope_rows_ptr,
+    slots_ptr,
+    seq_lens_ptr,
     S,
     page_table_stride,
     num_columns,
@@ -211,21 +215,22 @@ def _advance_decode_kernel(
 ):
     gdc_launch_dependents(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < S
     gdc_wait(PDL)
-    length = tl.load(seq_lens_ptr + row, mask=row < S, other=0)
-    active = length > 0
+    position = tl.load(positions_ptr + row, mask=inside, other=-2) + 1
+    active = position >= 0
     token = tl.load(tokens_ptr + row, mask=active, other=0)
-    position = tl.load(positions_ptr + row, mask=active, other=0) + 1
-    step = tl.load(steps_ptr + row, mask=active, other=0) + 1
+    step = tl.load(steps_ptr + row, mask=active, other=0)
     column = position // PAGE_SIZE
     exists = active & (column < num_columns)
     page = tl.load(page_table_ptr + row * page_table_stride + column, mask=exists, other=0)
     slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
-    tl.store(seq_lens_ptr + row, length + 1, mask=active)
     tl.store(positions_ptr + row, position, mask=active)
-    tl.store(steps_ptr + row, step, mask=active)
-    tl.store(token_ids_ptr + row, tl.maximum(token, 0), mask=active)
-    tl.store(slots_ptr + row, tl.where(exists, slot, -1), mask=row < S)
+    tl.store(steps_ptr + row, step + 1, mask=active)
+    tl.store(token_ids_ptr + row, tl.maximum(token, 0), mask=inside)
+    tl.store(rope_rows_ptr + row, tl.maximum(position, 0), mask=inside)
+    tl.store(slots_ptr + row, tl.where(exists, slot, -1), mask=inside)
+    tl.store(seq_lens_ptr + row, tl.where(active, position + 1, 0).to(tl.int32), mask=inside)
 
 
 register_compile(
@@ -239,12 +244,13 @@ register_compile(
     "advance_decode",
     {
         "tokens_ptr": "*i64",
-        "token_ids_ptr": "*i64",
         "positions_ptr": "*i64",
-        "seq_lens_ptr": "*i32",
-        "slots_ptr": "*i64",
-        "page_table_ptr": "*i32",
         "steps_ptr": "*i64",
+        "page_table_ptr": "*i32",
+        "token_ids_ptr": "*i64",
+        "rope_rows_ptr": "*i64",
+        "slots_ptr": "*i64",
+        "seq_lens_ptr": "*i32",
         "S": "i32",
         "page_table_stride": "i32",
         "num_columns": "i32",
@@ -309,28 +315,33 @@ def sample(
 
 def advance_decode(
     tokens: Tensor,
-    token_ids: Tensor,
     positions: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor,
-    page_table: Tensor,
     steps: Tensor,
+    page_table: Tensor,
+    token_ids: Tensor,
+    rope_rows: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
     *,
     page_size: int,
 ) -> None:
-    """Move the state of a decode batch on by one token, in place, for the next step's graph.
+    """The input of a decode step from the end of the step before, all on the device.
 
-    token_ids = max(tokens, 0), positions += 1, seq_lens += 1, steps += 1, and
-    slots = page_table[s, position // page_size] * page_size + position % page_size.
-    A row of length 0 keeps everything, and its slot is -1; so is that of a position past the end of
-    the page table.
+    positions and steps (of the token computed, and of the token drawn last) go up by one, in place; then
+
+        token_ids = max(tokens, 0)      rope_rows = positions      seq_lens = positions + 1
+        slots = page_table[s, positions // page_size] * page_size + positions % page_size
+
+    A row whose position is below -1 is not in use: it keeps its state, and gets token 0, RoPE row 0, length 0 and
+    slot -1. A position past the end of the page table has slot -1.
 
     Args:
-        tokens: (S,) int64, what `sample` returned. Unchanged.
-        token_ids, positions, slots, steps: (S,) int64. seq_lens: (S,) int32. All written.
+        tokens: (S,) int64, what `sample` returned; -1 where the logits were not finite. Unchanged.
+        positions, steps: (S,) int64. Advanced.
         page_table: (S, P) int32, rows of any stride. Unchanged.
+        token_ids, rope_rows, slots: (S,) int64. seq_lens: (S,) int32. All written.
     """
-    arguments = (tokens, token_ids, positions, seq_lens, slots, page_table, steps)
+    arguments = (tokens, positions, steps, page_table, token_ids, rope_rows, slots, seq_lens)
     if not _runs_triton(tokens):
         advance_decode_reference(*arguments, page_size=page_size)
         return

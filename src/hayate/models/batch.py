@@ -29,3 +29,5 @@ class Batch:
     k_caches: list[torch.Tensor]  # per layer (P, B, G, K)
     v_caches: list[torch.Tensor]
     output_rows: torch.Tensor | None = None  # (R,) int64, rows whose logits are wanted; None = all
+    # So many sequences at the front have exactly one query; counted only where others have more.
+    num_decode: int = 0

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hayate.kernels.attention import attention
+from hayate.kernels.decode_attention import Projection
 from hayate.kernels.linear import linear
 from hayate.kernels.moe import moe_mlp, moe_route
 from hayate.kernels.norm import Norm
-from hayate.kernels.rope import rope_and_cache
+from hayate.kernels.self_attention import self_attention
 from hayate.models.batch import Batch
 from hayate.models.config import ModelConfig, MoEConfig
 
@@ -81,31 +81,26 @@ class Attention(nn.Module):
         c = self.config
         k_cache, v_cache = batch.k_caches[self.layer], batch.v_caches[self.layer]
         qkv = self.qkv_proj(x_TD, norm=norm)  # (T, (H + 2 G) K)
-        q_THK = rope_and_cache(
+        out_THK = self_attention(
             qkv,
-            k_cache,
-            v_cache,
-            batch.slots,
-            batch.rope_rows,
-            batch.cos_sin,
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            q_norm=self.q_norm() if c.qk_norm else None,
-            k_norm=self.k_norm() if c.qk_norm else None,
-            clip=c.qkv_clip,
-        )
-        out_THK = attention(
-            q_THK,
             k_cache,
             v_cache,
             batch.page_table,
             batch.cu_seqlens_q,
             batch.seq_lens,
+            Projection(
+                batch.slots,
+                batch.rope_rows,
+                batch.cos_sin,
+                q_norm=self.q_norm() if c.qk_norm else None,
+                k_norm=self.k_norm() if c.qk_norm else None,
+                clip=c.qkv_clip,
+            ),
             max_seqlen_q=batch.max_seqlen_q,
             max_seqlen_k=batch.max_seqlen_k,
             scale=c.head_dim**-0.5,
             window=self.window,
+            num_decode=batch.num_decode,
         )
         return self.o_proj(out_THK.flatten(1), residual=x_TD)
 

@@ -12,6 +12,25 @@ from hayate.errors import UsageError
 from hayate.models.config import ModelConfig
 from hayate.models.families import parse_config
 
+
+def _own_moe(**sizes: Any) -> dict[str, Any]:
+    """Our own mixture of experts: one key/value head of width 64, wide SwiGLU experts, RoPE; as Mixtral."""
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": 32_000,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32_768,
+        **sizes,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "nemotron-mini-4b": {
         "architectures": ["NemotronForCausalLM"],
@@ -43,21 +62,54 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "max_position_embeddings": 131_072,
     },
-    "moe-6.9b": {  # our own: 6.88B parameters, 1.8B active
-        "architectures": ["MixtralForCausalLM"],
+    "moe-6.9b": _own_moe(  # 6.88B parameters, 1.8B active
+        hidden_size=768,
+        num_hidden_layers=30,
+        num_attention_heads=12,
+        intermediate_size=6144,
+        num_local_experts=16,
+        num_experts_per_tok=4,
+    ),
+    "moe-1b": _own_moe(  # 0.98B, 0.34B active
+        hidden_size=768,
+        num_hidden_layers=16,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_local_experts=16,
+        num_experts_per_tok=4,
+    ),
+    "moe-150m": _own_moe(  # 153M, 75M active
+        hidden_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        intermediate_size=768,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    "moe-tiny": _own_moe(  # minutes on two CPU cores
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=1024,
+    ),
+    "dense-tiny": {  # moe-tiny with one expert: a plain MLP
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "vocab_size": 32_000,
-        "hidden_size": 768,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 12,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
         "num_key_value_heads": 1,
         "head_dim": 64,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
-        "num_local_experts": 16,
-        "num_experts_per_tok": 4,
-        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 1024,
     },
     "qwen2.5-7b": {
         "architectures": ["Qwen2ForCausalLM"],

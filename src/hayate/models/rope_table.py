@@ -1,15 +1,14 @@
 """cos and sin of every position, for RoPE types whose frequencies change with the length too.
 
 Dynamic NTK and longrope choose frequencies by the current length of the sequence. A decode step at position p has
-length p + 1, so row p of one static table serves all decode steps of all sequences. A prompt is rotated as a whole
+length p + 1, so row p of one static table serves all decode steps of all sequences. A prompt is rotated
 with the frequencies of its full length; when these differ from the static rows it gets rows of its own, appended.
 Keys already in the cache keep their rotation, as in transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 
 from hayate.kernels.rope import RopeParameters, rope_table
@@ -24,25 +23,25 @@ class RopeTable:
         self.cos_sin = self._static(max_len).to(device)
 
     def rows(
-        self, positions: list[int], spans: Sequence[tuple[int, int]]
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Table and row of each position, for sequences whose tokens `begin .. end - 1` are computed together.
+        self, positions: np.ndarray, begins: np.ndarray, ends: np.ndarray, prompt_lens: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Table and row of each position: sequence i computes its positions begins[i] .. ends[i] - 1.
 
-        `positions` is the concatenation of the spans.
+        `positions` (T,) int64 is the concatenation of these spans. The row depends on the position and the length of
+        the prompt alone, not on how the prompt is cut into steps.
         """
-        special = [s for s in spans if s[1] > self.switch_len and s[1] - s[0] > 1]
-        if not special:
+        special = np.flatnonzero((prompt_lens > self.switch_len) & (begins < prompt_lens))
+        if not len(special):
             return self.cos_sin, positions
         tables, next_row = [self.cos_sin], self.cos_sin.shape[0]
-        rows: list[int] = []
-        for begin, end in spans:
-            if (begin, end) not in special:
-                rows += range(begin, end)
-                continue
-            table = self._table(end, seq_len=end)[begin:]
+        rows = positions.copy()
+        first_row = np.concatenate([[0], np.cumsum(ends - begins)])
+        for i in special:
+            length, begin = int(prompt_lens[i]), int(begins[i])
+            table = self._table(length, seq_len=length)[begin : int(ends[i])]
             tables.append(table.to(self.cos_sin.device))
-            rows += range(next_row, next_row + end - begin)
-            next_row += end - begin
+            rows[first_row[i] : first_row[i] + len(table)] = next_row + np.arange(len(table))
+            next_row += len(table)
         return torch.cat(tables), rows
 
     def _table(self, num_rows: int, seq_len: int) -> torch.Tensor:

@@ -1,67 +1,94 @@
 """Engine: owns the loop. Requests in, chunks of text out, one step at a time.
 
-On a GPU, decode steps of an unchanged set of sequences are pipelined: step n + 1 is launched before the tokens of
-step n are read. A sequence found to have ended by then has run one step too many; that token is dropped.
+On a GPU the steps are pipelined: step n + 1 is launched before the tokens of step n are read, whatever runs in them.
+A sequence found to have ended by then has run one step too many; that token is dropped. What the choice of a token
+needs from the host (penalties, grammars) is prepared while the GPU computes the logits. Only a step that verifies
+drafts waits for the one before, and is waited for.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
-import torch
-
 from hayate.config import EnginePlan
-from hayate.errors import ModelError
+from hayate.errors import GpuFault, to_raise
 from hayate.models.decoder import CausalLM
 from hayate.runtime.device import device_errors
-from hayate.runtime.graphs import DecodeGraphs, PendingTokens
-from hayate.runtime.outputs import PositionLogprobs, StreamChunk, TokenLogprob
+from hayate.runtime.engine_stats import EngineStats
+from hayate.runtime.live_requests import Event, LiveRequests
+from hayate.runtime.outputs import PositionLogprobs, StreamChunk
 from hayate.runtime.page_allocator import PageAllocator
-from hayate.runtime.request import Request, Sample
+from hayate.runtime.pending import Pending, pending_tokens, sample_pending
+from hayate.runtime.request import Request
 from hayate.runtime.runner import Runner
 from hayate.runtime.sampler import Sampler
 from hayate.runtime.scheduler import Scheduler, Step
 from hayate.runtime.sequence import Sequence
-
-Event = tuple[Request, StreamChunk]
+from hayate.runtime.speculation import Speculation
+from hayate.runtime.speculative import make_speculator
 
 
 class Engine:
-    """Runs requests over one model. Not safe for use from several threads."""
+    """Runs requests over one model. Not safe for use from several threads, save for `stats`.
 
-    def __init__(self, model: CausalLM, plan: EnginePlan) -> None:
+    draft_model: guesses tokens, when `plan.speculative` names one.
+    """
+
+    def __init__(
+        self, model: CausalLM, plan: EnginePlan, draft_model: CausalLM | None = None
+    ) -> None:
         self.plan = plan
         self.runner = Runner(model, plan)
-        self.pages = PageAllocator(plan.num_pages, plan.page_size)
+        self.pages = PageAllocator(plan.num_pages, plan.page_size, prefix_cache=plan.prefix_cache)
         self.scheduler = Scheduler(
             self.pages,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_chunk_tokens=plan.max_chunk_tokens,
         )
         self.sampler = Sampler()
-        self.graphs = DecodeGraphs(self.runner) if self.runner.device.type == "cuda" else None
-        self._owners: dict[Sequence, tuple[Request, Sample]] = {}
-        self._pending: PendingTokens | None = None
+        self.speculation = self._speculation(model.config.vocab_size, draft_model)
+        self.dead: GpuFault | None = None  # the GPU failed: nothing runs any more
+        self._live = LiveRequests(self._forget)
+        self._pending: Pending | None = None
+        self._in_hand: tuple[Sequence, ...] = ()  # whose work fails if the next line fails
+        self._pipelined = self.runner.graphs is not None
+        self.num_steps = self.num_prompt_tokens = 0  # totals
+
+    def _speculation(self, vocab_size: int, draft_model: CausalLM | None) -> Speculation | None:
+        speculator = make_speculator(self.plan, vocab_size, draft_model)
+        if speculator is None:
+            return None
+        speculator.matcher_of = lambda sequence: self._live.row_of(sequence).matcher
+        return Speculation(speculator, self.runner.verifies_faster_padded)
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def num_generated_tokens(self) -> int:
+        return self._live.num_tokens
+
+    @property
+    def stats(self) -> EngineStats:
+        """The figures of this moment; may be read from any thread."""
+        return EngineStats.of(self)
+
     def submit(self, request: Request) -> None:
-        """Queue all samples of `request`. OutOfMemory if its prompt can never fit the cache."""
+        """Queue all samples of `request`. OutOfMemory if it could never fit the cache; GpuFault after one."""
+        if self.dead is not None:
+            raise to_raise(self.dead)
+        switch_len = self.runner.rope.switch_len
         for sample in request.samples:
+            sample.sequence.shareable = len(sample.sequence.prompt_ids) <= switch_len
             self.scheduler.add(sample.sequence)
-        for sample in request.samples:
-            self._owners[sample.sequence] = (request, sample)
+        self._live.add(request)
 
     def abort(self, request: Request) -> None:
         """Drop what is left of `request`, now. Nothing happens to a finished one."""
         for sample in request.samples:
-            if sample.output.finish_reason is None and sample.sequence in self._owners:
-                sample.output.finish_reason = "abort"
-                sample.output.text += sample.stops.finish()
-                self._finish(sample.sequence)
+            self._live.end(sample.sequence, "abort", [])
 
     def run(self, request: Request) -> Iterator[StreamChunk]:
         """Submit `request` and yield its chunks until it has finished; abort it if the caller stops early."""
@@ -79,157 +106,147 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one step and return what it produced (on a GPU, what the step before produced).
 
-        When it raises, every sequence that was running starts over with the tokens it has.
+        A step that fails ends the requests in it, with the finish reason "error", and no others; a failure of the GPU
+        ends all, and `dead` is set. Nothing is raised but what is no `Exception`, such as KeyboardInterrupt: then
+        every sequence that was running starts over with the tokens it has.
         """
+        events: list[Event] = []
+        self._live.expire(events)
         try:
             with device_errors(self.runner.device, doing="running"):
-                return self._step()
+                self._step(events)
+        except GpuFault as fault:
+            self._die(fault, events)
+        except Exception as error:
+            self._recover(error, events)
         except BaseException:
-            self._pending = None
-            if self.graphs is not None:
-                self.graphs.reset()
-            self.scheduler.restart_running()
+            self._restart()
             raise
+        return events
 
-    def _step(self) -> list[Event]:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            if self._can_launch_ahead(pending):
-                self._pending = self._launch(pending.sequences)
-            return self._receive(pending)
+    def _step(self, events: list[Event]) -> None:
+        self._in_hand = tuple(self.scheduler.running)
+        if self.speculation is not None and self.speculation.wants(self._in_hand):
+            self._receive(events)
+            self.speculation.propose(self.scheduler.running)
         step = self.scheduler.next_batch()
         if step is None:
-            return []
-        if (
-            step.kind == "decode"
-            and self.graphs is not None
-            and all(map(_graphable, step.sequences))
-        ):
-            self._pending = self._launch(step.sequences)
-            return []
-        if self.graphs is not None:
-            self.graphs.reset()
-        return self._sample(step, self.runner.forward(step))
+            if self._pending is None and self.speculation is not None:
+                self.speculation.pause()
+            self._receive(events)
+            return
+        self._in_hand = step.sequences
+        verifies = any(step.num_drafts)
+        if self.speculation is not None and not verifies:
+            self.speculation.withdraw()
+        on_device = self._live.sample_on_device(step.sequences)
+        launched = self.runner.launch(step, on_device=on_device)
+        self._count(step)
+        if launched.tokens is not None:
+            ahead = pending_tokens(step, launched)
+            self._receive(events)  # of the step before, while the device computes this one
+        else:
+            self._receive(events)
+            self._in_hand = step.sequences
+            ahead, tokens = sample_pending(step, launched, self.sampler, self._live.row_of)
+            if self._pipelined and not verifies:
+                self.runner.keep_tokens(ahead.sequences, tokens)
+        self._pending = ahead
+        if verifies or not self._pipelined:
+            self._receive(events)
+        elif not self.scheduler.has_work:
+            self._pending = None  # all have ended: what is in flight belongs to nobody
+            if self.speculation is not None:
+                self.speculation.pause()
 
-    # -- pipelined decoding -----------------------------------------------------------------------
-
-    def _can_launch_ahead(self, pending: PendingTokens) -> bool:
-        """The same sequences can take one more step before the host knows their last token."""
-        assert self.graphs is not None
-        if self.scheduler.waiting or len(self.scheduler.running) != len(pending.sequences):
-            return False
-        if not self.graphs.continues(pending.sequences):
-            return False
-        if any(
-            s.status != "running" or s.num_in_flight >= _tokens_left(s) for s in pending.sequences
-        ):
-            return False
-        return self.pages.num_free >= len(pending.sequences)
-
-    def _launch(self, sequences: tuple[Sequence, ...]) -> PendingTokens:
-        assert self.graphs is not None
-        has_next_slots = True
-        for sequence in sequences:
-            # The graph also finds the slot of the token after this one, where there will be one.
-            room = min(sequence.num_computed + 2, sequence.max_len)
-            has_next_slots = self.pages.extend(sequence, room) and has_next_slots
-        pending = self.graphs.step(sequences)
-        if not has_next_slots:
-            self.graphs.reset()  # the next step begins with the slots written by the host
-        return pending
-
-    def _receive(self, pending: PendingTokens) -> list[Event]:
-        events = []
-        for sequence, token in zip(pending.sequences, pending.wait(), strict=True):
-            sequence.num_in_flight -= 1
-            if sequence.status == "running":
-                events.append(self._append(sequence, token, None))
-        return events
+    def _count(self, step: Step) -> None:
+        self.num_steps += 1
+        if not step.is_decode:
+            chunks = zip(step.num_tokens, step.num_drafts, strict=True)
+            self.num_prompt_tokens += sum(n for n, drafts in chunks if n > 1 + drafts)
 
     # -- tokens -----------------------------------------------------------------------------------
 
-    def _sample(self, step: Step, logits: torch.Tensor) -> list[Event]:
-        rows = [self._owners[s][1].row for s in step.sequences]
-        sampled = self.sampler.sample(logits, rows)
-        logprobs = self._logprobs(step, logits, sampled.tokens)
-        return [
-            self._append(sequence, token, logprob)
-            for sequence, token, logprob in zip(
-                step.sequences, sampled.to_list(), logprobs, strict=True
-            )
-        ]
+    def _receive(self, events: list[Event]) -> None:
+        """Take the tokens of the step in flight, if any; waits for them."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._in_hand = pending.sequences
+        tokens, logprobs = pending.wait()
+        start = 0
+        for sequence, count in zip(pending.sequences, pending.num_outputs, strict=True):
+            sequence.num_in_flight -= 1
+            if sequence.status != "finished":
+                if count == 1:
+                    self._append(sequence, tokens[start], logprobs[start], events)
+                else:
+                    end = start + count
+                    self._accept(sequence, tokens[start:end], logprobs[start:end], events)
+            start += count
+        if self.speculation is not None:
+            self.speculation.received(pending)
 
-    def _logprobs(
-        self, step: Step, logits: torch.Tensor, tokens: torch.Tensor
-    ) -> list[PositionLogprobs | None]:
-        """What the rows that ask for log-probabilities get."""
-        counts = [s.params.logprobs for s in step.sequences]
-        asked = [c for c in counts if c is not None]
-        if not asked:
-            return [None] * len(counts)
-        found = self.sampler.logprobs(logits, tokens, max(asked))
-        columns = (tokens, found.token, found.top_ids, found.top)
-        result: list[PositionLogprobs | None] = []
-        for count, token, logprob, top_ids, top in zip(
-            counts, *(c.tolist() for c in columns), strict=True
-        ):
-            best = tuple(TokenLogprob(*pair) for pair in zip(top_ids, top, strict=True))
-            taken = TokenLogprob(token, logprob)
-            result.append(None if count is None else PositionLogprobs(taken, best[:count]))
-        return result
+    def _accept(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        logprobs: list[PositionLogprobs | None],
+        events: list[Event],
+    ) -> None:
+        """Of a verify step: the tokens up to the first that is not its draft, or that ends the sequence."""
+        for i, token in enumerate(tokens):
+            self._append(sequence, token, logprobs[i], events)
+            if sequence.status == "finished" or sequence.draft_ids[i : i + 1] != [token]:
+                break
+        if sequence.status == "running":
+            sequence.num_computed = sequence.num_tokens - 1
 
-    def _append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None) -> Event:
-        """Add a sampled token; emit the text it completes; finish the sequence if it stops here."""
-        request, sample = self._owners[sequence]
+    def _append(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprobs: PositionLogprobs | None,
+        events: list[Event],
+    ) -> None:
         if token < 0:
-            raise ModelError(
-                "the model produced logits that are not finite (NaN); its weights or its dtype are not sound: "
-                "try --dtype bfloat16 or float32"
-            )
-        if request.first_token is None:
-            request.first_token = time.perf_counter()
-        sequence.output_ids.append(token)
-        emission = sample.stops.push(token)
-        output = sample.output
-        output.token_ids.append(token)
-        output.text += emission.text
-        if output.logprobs is not None and logprobs is not None:
-            output.logprobs.append(logprobs)
-        if emission.finish_reason is not None:
-            output.finish_reason, output.stop_reason = emission.finish_reason, emission.stop_reason
-            self._finish(sequence)
-            if request.finished:
-                request.end = time.perf_counter()
-        chunk = StreamChunk(
-            output.index,
-            emission.text,
-            (token,),
-            emission.finish_reason,
-            emission.stop_reason,
-            (logprobs,) if logprobs is not None else (),
-            request.result() if request.finished else None,
-        )
-        if request.streaming:
-            request.chunks.append(chunk)
-        return request, chunk
+            self.pages.forget()  # what others would share may not be finite either
+        self._live.append(sequence, token, logprobs, events)
+        if self.speculation is not None and sequence.status != "finished":
+            self.speculation.observe(sequence, token)
 
-    def _finish(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
         self.scheduler.finish(sequence)
-        del self._owners[sequence]
+        self.runner.release(sequence)
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
 
+    # -- failures ---------------------------------------------------------------------------------
 
-def _graphable(sequence: Sequence) -> bool:
-    """Sampling options that the device applies by itself."""
-    p = sequence.params
-    return (
-        p.repetition_penalty == 1
-        and not (p.presence_penalty or p.frequency_penalty or p.logit_bias)
-        and p.logprobs is None
-        and len(sequence.output_ids) >= p.min_tokens
-    )
+    def _restart(self) -> None:
+        self._pending = None
+        self.scheduler.restart_running()
+        self.runner.reset()
+        if self.speculation is not None:
+            self.speculation.pause()
 
+    def _recover(self, error: Exception, events: list[Event]) -> None:
+        """After a failed step: its requests end, the others go on."""
+        failed = self._in_hand or self._live.sequences
+        try:
+            with device_errors(self.runner.device, doing="running"):
+                self._receive(events)  # the step before is whole
+        except GpuFault as fault:
+            self._die(fault, events)
+            return
+        except Exception:
+            failed += self._in_hand
+        self._restart()
+        for sequence in failed:
+            self._live.end(sequence, "error", events, error)
 
-def _tokens_left(sequence: Sequence) -> int:
-    """Tokens the sequence may still take, in flight or not, beyond those the host knows."""
-    assert sequence.params.max_tokens is not None
-    return sequence.params.max_tokens - len(sequence.output_ids)
+    def _die(self, fault: GpuFault, events: list[Event]) -> None:
+        self.dead, self._pending = fault, None
+        for sequence in self._live.sequences:
+            self._live.end(sequence, "error", events, fault)

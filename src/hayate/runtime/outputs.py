@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+# stop: a stop string, stop token or end token; length: max_tokens, or the context is full; abort: the caller
+# gave up; timeout: the request's time was over; error: its computation failed (`RequestOutput.error` says why).
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class RequestMetrics:
     """Times in seconds, counted from the moment the request was submitted."""
 
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     num_generated_tokens: int = 0
     time_to_first_token: float = 0.0  # prefill, waiting included
     total_time: float = 0.0
@@ -70,6 +73,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
+    error: BaseException | None = None  # why a sample ended with the finish reason "error"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,13 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from hayate.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
+from hayate.runtime.outputs import (
+    CompletionOutput,
+    FinishReason,
+    RequestMetrics,
+    RequestOutput,
+    StreamChunk,
+)
 from hayate.runtime.sampler import SamplingRow
 from hayate.runtime.sequence import Sequence
 from hayate.runtime.stopping import StopChecker
@@ -24,30 +30,66 @@ class Sample:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and its samples. Times are of `time.perf_counter`."""
+    """A prompt and its samples. Times are of `time.perf_counter`.
+
+    `Engine.step` ends a request whose `deadline` has passed: what is left of it gets the finish reason "timeout".
+    """
 
     prompt: str | None
     prompt_ids: list[int]
     samples: list[Sample]
+    priority: int = 0  # lower runs earlier; each sample's sequence has it too
+    deadline: float | None = None
     streaming: bool = False  # whether `chunks` is filled
     chunks: deque[StreamChunk] = field(default_factory=deque)  # produced, not yet handed on
     arrival: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     end: float | None = None
+    error: BaseException | None = None  # why a sample of it failed: the first such error
 
     @property
     def finished(self) -> bool:
         return all(s.output.finish_reason is not None for s in self.samples)
 
+    def close(
+        self, sample: Sample, reason: FinishReason, error: BaseException | None = None
+    ) -> StreamChunk:
+        """End an unfinished sample from outside (abort, timeout, error): its last chunk, text held back included."""
+        output = sample.output
+        assert output.finish_reason is None
+        text = sample.stops.finish()
+        output.text += text
+        output.finish_reason = reason
+        self.error = self.error or error
+        return self.emit(StreamChunk(output.index, text, (), reason))
+
+    def emit(self, chunk: StreamChunk) -> StreamChunk:
+        """Queue the chunk if the request streams; the last one of the request gets its result."""
+        if self.finished:
+            self.end = time.perf_counter()
+            chunk = StreamChunk(
+                chunk.index,
+                chunk.text,
+                chunk.token_ids,
+                chunk.finish_reason,
+                chunk.stop_reason,
+                chunk.logprobs,
+                self.result(),
+            )
+        if self.streaming:
+            self.chunks.append(chunk)
+        return chunk
+
     def result(self) -> RequestOutput:
-        """The finished request with its figures."""
+        """The request as far as it is, with its figures."""
         end = self.end or time.perf_counter()
         metrics = RequestMetrics(
             num_prompt_tokens=len(self.prompt_ids),
+            num_cached_tokens=self.samples[0].sequence.num_cached,
             num_generated_tokens=sum(len(s.output.token_ids) for s in self.samples),
             time_to_first_token=(self.first_token or end) - self.arrival,
             total_time=end - self.arrival,
         )
         return RequestOutput(
-            self.prompt, self.prompt_ids, [s.output for s in self.samples], metrics
+            self.prompt, self.prompt_ids, [s.output for s in self.samples], metrics, self.error
         )

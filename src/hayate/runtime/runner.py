@@ -1,19 +1,27 @@
-"""Runner: a scheduled step -> tensors -> the model -> logits."""
+"""Runner: a scheduled step -> tensors -> the model -> logits, or tokens where the device can choose them alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from hayate.config import EnginePlan
+from hayate.kernels import batch_invariant
 from hayate.models.batch import Batch
 from hayate.models.decoder import CausalLM
 from hayate.models.rope_table import RopeTable
+from hayate.runtime.graphs import Graphs
 from hayate.runtime.kv_cache import KVCache
-from hayate.runtime.recordings import DecodeRecordings
+from hayate.runtime.launched import Launched
+from hayate.runtime.recordings import Recordings
 from hayate.runtime.scheduler import Step
 from hayate.runtime.sequence import Sequence
+from hayate.runtime.sequence_rows import SequenceRows, draw
+from hayate.runtime.step_inputs import build_batch
+from hayate.runtime.upload import upload
 
 
 class Runner:
@@ -32,66 +40,110 @@ class Runner:
             dtype=getattr(torch, plan.dtype),
         )
         self.rope = RopeTable(config.rope, plan.max_model_len, device=self.device)
-        self.recordings = DecodeRecordings(self) if self.device.type == "cpu" else None
+        self.rows = SequenceRows(plan, self.device)
+        self.graphs = self.recordings = None
+        if self.device.type == "cuda":
+            self.graphs = Graphs(model, plan, self.kv, self.rope, self.rows)
+        else:
+            self.recordings = Recordings(model, plan, self.kv, self.rope, self.rows)
 
     @torch.inference_mode()
-    def forward(self, step: Step) -> torch.Tensor:
-        """Logits (S, V) after the last token of each sequence of `step`; advances `num_computed`."""
-        if step.kind == "decode" and self.recordings is not None:
-            logits = self.recordings.forward(step.sequences)
-        else:
-            logits = self.model(self.build_batch(step.sequences, step.num_tokens))
-        for sequence, count in zip(step.sequences, step.num_tokens, strict=True):
+    def launch(self, step: Step, *, on_device: bool) -> Launched:
+        """Start `step` and advance `num_computed` and `num_in_flight`; a GPU is not waited for.
+
+        on_device: every sequence that samples may do so on a GPU, by its temperature, top-k, top-p and min-p alone.
+        """
+        with batch_invariant(self.plan.batch_invariant):
+            launched = self._launch(step, on_device=on_device and self.graphs is not None)
+        for sequence, count, samples in zip(
+            step.sequences, step.num_tokens, step.samples, strict=True
+        ):
             sequence.num_computed += count
-        return logits
+            sequence.num_in_flight += samples
+        return launched
+
+    def _launch(self, step: Step, *, on_device: bool) -> Launched:
+        if self.graphs is not None:
+            if step.is_decode:
+                return self.graphs.decode(step, on_device=on_device)
+            if self.graphs.can_verify(step):
+                return self.graphs.verify(step, on_device=on_device)
+            self.graphs.forget_state()
+        elif self.recordings is not None and (launched := self.recordings.forward(step)):
+            return launched
+        outputs = [
+            drafts + 1 if samples else 0
+            for drafts, samples in zip(step.num_drafts, step.samples, strict=True)
+        ]
+        batch = self._batch(step.sequences, step.num_tokens, outputs, step.num_decode)
+        launched = Launched.of(step, logits=self.model(batch))
+        return self._drawn(launched) if on_device and launched.sequences else launched
+
+    def _drawn(self, launched: Launched) -> Launched:
+        """The tokens of all rows of logits, chosen on the device."""
+        assert launched.logits is not None
+        rows, counts = self.rows, np.array(launched.num_outputs)
+        places = rows.place(launched.sequences)
+        firsts = np.array([len(s.output_ids) + s.num_in_flight for s in launched.sequences])
+        starts = np.cumsum(counts) - counts
+        steps = np.arange(counts.sum()) + np.repeat(firsts - starts, counts)
+        index, steps_there = upload([np.repeat(np.array(places), counts), steps], self.device)
+        tokens = draw(
+            launched.logits,
+            rows.choice(places),
+            rows.options.index_select(1, index),
+            rows.seeds.index_select(0, index),
+            steps_there,
+        )
+        if len(tokens) == len(places):
+            rows.tokens.index_copy_(0, index, tokens)
+        return dataclasses.replace(launched, logits=None, tokens=tokens)
+
+    @torch.inference_mode()
+    def keep_tokens(self, sequences: Seq[Sequence], tokens: torch.Tensor) -> None:
+        """Note the tokens (S,) just sampled by the host's sampler: the next step may need them before the host."""
+        if self.graphs is not None and sequences:
+            (index,) = upload([np.array(self.rows.place(sequences))], self.device)
+            self.rows.tokens.index_copy_(0, index, tokens)
+
+    def verifies_faster_padded(self, num_sequences: int, queries: int) -> bool:
+        """Whether verify steps of this shape are replayed, if every sequence has exactly so many queries."""
+        return self.graphs is not None and self.graphs.verifies(num_sequences, queries)
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended."""
+        self.rows.release(sequence)
+
+    def reset(self) -> None:
+        """After a failed step: nothing on the device is trusted but the weights."""
+        self.rows.clear()
+        if self.graphs is not None:
+            self.graphs.forget_state()
 
     @torch.inference_mode()
     def all_logits(self, sequence: Sequence) -> torch.Tensor:
         """Logits (T, V) after every token of `sequence`, whose pages are allocated."""
-        batch = self.build_batch((sequence,), (sequence.num_uncomputed,))
-        batch.output_rows = None
+        count = sequence.num_uncomputed
+        rows = SequenceRows(dataclasses.replace(self.plan, max_num_seqs=1), self.device)
+        batch = self._batch((sequence,), (count,), (count,), 0, rows)
         sequence.num_computed = sequence.num_tokens
-        return self.model(batch)
+        with batch_invariant(self.plan.batch_invariant):
+            return self.model(batch)
 
-    def build_batch(self, sequences: Seq[Sequence], counts: Seq[int]) -> Batch:
-        """Pack the next `counts[i]` tokens of each sequence."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        cu_seqlens, seq_lens, spans = [0], [], []
-        B = self.plan.page_size
-        for sequence, count in zip(sequences, counts, strict=True):
-            begin, end = sequence.num_computed, sequence.num_computed + count
-            token_ids += sequence.tokens(begin, end)
-            positions += range(begin, end)
-            pages = sequence.page_ids
-            slots += [pages[p // B] * B + p % B for p in range(begin, end)]
-            cu_seqlens.append(cu_seqlens[-1] + count)
-            seq_lens.append(end)
-            spans.append((begin, end))
-        table = [s.page_ids for s in sequences]
-        width = max(map(len, table))
-        cos_sin, rope_rows = self.rope.rows(positions, spans)
-        return Batch(
-            token_ids=self._tensor(token_ids, torch.int64),
-            rope_rows=self._tensor(rope_rows, torch.int64),
-            cos_sin=cos_sin,
-            slots=self._tensor(slots, torch.int64),
-            cu_seqlens_q=self._tensor(cu_seqlens, torch.int32),
-            seq_lens=self._tensor(seq_lens, torch.int32),
-            page_table=self._tensor([p + [0] * (width - len(p)) for p in table], torch.int32),
-            max_seqlen_q=max(counts),
-            max_seqlen_k=max(seq_lens),
-            k_caches=self.kv.k,
-            v_caches=self.kv.v,
-            output_rows=self._output_rows(cu_seqlens),
+    def _batch(
+        self,
+        sequences: Seq[Sequence],
+        counts: Seq[int],
+        outputs: Seq[int],
+        num_decode: int,
+        rows: SequenceRows | None = None,
+    ) -> Batch:
+        return build_batch(
+            sequences,
+            counts,
+            outputs,
+            num_decode=num_decode,
+            rows=rows or self.rows,
+            rope=self.rope,
+            kv=self.kv,
         )
-
-    def _output_rows(self, cu_seqlens: list[int]) -> torch.Tensor | None:
-        """The last row of each sequence; None when that is every row."""
-        if cu_seqlens[-1] == len(cu_seqlens) - 1:
-            return None
-        return self._tensor([end - 1 for end in cu_seqlens[1:]], torch.int64)
-
-    def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)

@@ -1,37 +1,41 @@
-"""From logits to tokens: the reference sampler, on whatever device the logits are.
+"""From logits to tokens, for rows whose options the host takes part in.
 
-The options act in this order, all in float32:
+The options act in this order, all in float32 (1 to 5 are `runtime/logits_processing.py`):
 
 1. logits as float32;
 2. `logit_bias` is added;
 3. tokens that would end the sequence before `min_tokens` get -inf;
 4. `repetition_penalty` r, for tokens of prompt or output: l / r where l > 0, else l * r;
    then l - `frequency_penalty` * count - `presence_penalty` * (count > 0), count in the output;
-5. temperature 0: the token with the largest logit, the lowest id of equals. Otherwise
+5. tokens that the grammar of a structured output does not allow get -inf;
+6. temperature 0: the token with the largest logit, the lowest id of equals. Otherwise
    p = exp((l - max l) / temperature), so that the largest p is 1;
-6. `top_k`: the tokens whose p is at least the k-th largest are kept;
-7. `top_p`: of these, the tokens with p >= v are kept, for the largest v for which they hold at
-   least the share `top_p` of the sum of p over what 6 kept;
-8. `min_p`: the tokens with p >= `min_p` are kept;
-9. one token of the kept is drawn, with probability p / sum p.
+7. `top_k`: the tokens whose p is at least the k-th largest are kept;
+8. `top_p`: of these, the tokens with p >= v are kept, for the largest v for which they hold at
+   least the share `top_p` of the sum of p over what 7 kept;
+9. `min_p`: the tokens with p >= `min_p` are kept;
+10. one token of the kept is drawn, with probability p / sum p.
 
-6 to 8 are thresholds: a token equal to one that is kept is kept too, so no order of equals matters.
+7 to 9 are thresholds: a token equal to one that is kept is kept too, so no order of equals matters.
+They come after the grammar: `top_k` counts allowed tokens only. Log-probabilities are of the
+model's own distribution, before all of this.
 
 The draw inverts the cumulative distribution in the order of the vocabulary: with u from
 `philox_uniform` and sums in float64, the token is the first i with p_0 + ... + p_i > u * (p_0 + ...
 + p_(V-1)). It depends on the sequence's own logits, seed, step and sample index only: a sequence
-gets the same tokens alone and in a batch.
+gets the same tokens alone and in a options.
 
 `philox_uniform` is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy
 as 1, 2, 3", 2011) with key = (low, high 32 bits of the seed) and counter = (step, sample index, 0,
 0). With w the first of its four outputs, u = (w >> 8) * 2**-24: 0 <= u < 1, exact in float32.
-`kernels/sampling.py` draws with the same numbers on a GPU.
+
+On a GPU 6 to 10 are `kernels/sampling.py`, with the same numbers u; here is the form for the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +43,11 @@ import torch
 from torch import Tensor
 
 from hayate.errors import ModelError
-from hayate.sampling_params import SamplingParams
+from hayate.kernels import sampling
+from hayate.kernels._dispatch import implementation_for
+from hayate.runtime.logits_processing import LogitsChanges
+from hayate.runtime.sampling_row import Position, SamplingRow, positions_of
+from hayate.runtime.upload import upload
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -72,77 +80,6 @@ def philox_uniform(seed: int, step: int, sample_index: int) -> float:
     """The number u in [0, 1) for one draw; see the module's text for the definition."""
     word = philox4x32((step, sample_index, 0, 0), (seed & _MASK, seed >> 32))[0]
     return (word >> 8) * 2.0**-24
-
-
-class _TokenCounts:
-    """The distinct tokens of prompt and output, and how often each occurs in the output."""
-
-    def __init__(self, prompt_ids: Sequence[int]) -> None:
-        distinct = dict.fromkeys(prompt_ids)
-        self._slot = {token_id: i for i, token_id in enumerate(distinct)}
-        self._ids = np.fromiter(distinct, dtype=np.int64, count=len(distinct))
-        self._counts = np.zeros(len(distinct), dtype=np.int64)
-        self._num_counted = 0
-
-    def update(self, output_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Count the tokens new in `output_ids`; returns all distinct ids, and their counts."""
-        for token_id in output_ids[self._num_counted :]:
-            slot = self._slot.setdefault(token_id, len(self._slot))
-            if slot == len(self._ids):
-                grow = max(64, slot)  # doubling, so that appending is O(1) amortised
-                self._ids = np.pad(self._ids, (0, grow))
-                self._counts = np.pad(self._counts, (0, grow))
-            self._ids[slot] = token_id
-            self._counts[slot] += 1
-        self._num_counted = len(output_ids)
-        return self._ids[: len(self._slot)], self._counts[: len(self._slot)]
-
-
-@dataclass(eq=False)
-class SamplingRow:
-    """One sequence as the sampler sees it; keep the same object for the life of the sequence.
-
-    params: resolved (`SamplingParams.resolved`). seed: of the request, also when the user gave
-    none. output_ids: the tokens generated so far; the owner appends to this list. stop_ids: the
-    tokens that would end the sequence (`stop_token_ids`, and the end tokens unless `ignore_eos`).
-    sample_index: which of the request's n samples this is.
-    """
-
-    params: SamplingParams
-    seed: int
-    prompt_ids: Sequence[int] = ()
-    output_ids: list[int] = field(default_factory=list)
-    stop_ids: frozenset[int] = frozenset()
-    sample_index: int = 0
-
-    def __post_init__(self) -> None:
-        params = self.params
-        assert params.temperature is not None, "params must be resolved"
-        assert params.top_k is not None
-        assert params.top_p is not None
-        assert params.min_p is not None
-        assert params.repetition_penalty is not None
-        self.temperature = params.temperature
-        self.top_k = params.top_k
-        self.top_p = params.top_p
-        self.min_p = params.min_p
-        self.penalties = (
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
-        )
-        self.has_penalties = self.penalties != (1.0, 0.0, 0.0)
-        repeats = self.has_penalties and params.repetition_penalty != 1.0
-        self.counts = _TokenCounts(self.prompt_ids if repeats else ())
-
-    @property
-    def step(self) -> int:
-        """Number of the token that is drawn next, from 0."""
-        return len(self.output_ids)
-
-    @property
-    def banned_ids(self) -> frozenset[int]:
-        return self.stop_ids if self.step < self.params.min_tokens else frozenset()
 
 
 class SampledTokens(NamedTuple):
@@ -184,62 +121,43 @@ class Logprobs(NamedTuple):
     top: Tensor  # (S, k) float32
 
 
-class _Entries(NamedTuple):
-    """Single elements of the logits: `values` belong to `logits[rows, ids]`."""
-
-    rows: Tensor
-    ids: Tensor
-    values: tuple[Tensor, ...]
-
-
 @dataclass(frozen=True)
-class SamplingBatch:
-    """The options of all rows of a step as tensors on the device, and what the host knows."""
+class DrawOptions:
+    """Temperature and filters of all positions of a step, and what the host knows of them."""
 
-    bias: _Entries | None  # values: (bias,)
-    bans: _Entries | None
-    penalties: _Entries | None  # values: (count, repetition, presence, frequency)
-    options: (
-        Tensor  # (5, S) float64: temperature (1 in greedy rows), top_k (V = off), top_p, min_p, u
-    )
+    # (5, S) float64: temperature (1 in greedy rows), top_k (V = off), top_p, min_p, u
+    values: Tensor
     greedy: Tensor | None  # (S,) bool; None when no row is greedy
-    any_drawn: bool
     max_top_k: int  # 0 when no row has top_k
     all_top_k: bool  # every row that is drawn has top_k
     any_top_p: bool
     any_min_p: bool
 
-    @property
-    def changes_logits(self) -> bool:
-        return any(entries is not None for entries in (self.bias, self.bans, self.penalties))
-
     @classmethod
     def build(
-        cls, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device
-    ) -> SamplingBatch:
-        """Gather the rows' options. Does not wait for the device."""
-        drawn = [row for row in rows if row.temperature > 0]
-        greedy = np.array([row.temperature == 0 for row in rows])
+        cls, positions: Sequence[Position], vocab_size: int, device: torch.device
+    ) -> DrawOptions:
+        """Gather the positions' options."""
+        drawn = [p.row for p in positions if p.row.temperature > 0]
+        greedy = np.array([p.row.temperature == 0 for p in positions])
         top_ks = [min(row.top_k, vocab_size - 1) for row in drawn if 0 < row.top_k < vocab_size]
-        options = np.zeros((5, len(rows)))
-        for i, row in enumerate(rows):
+        values = np.zeros((5, len(positions)))
+        for i, position in enumerate(positions):
+            row = position.row
             if row.temperature == 0:
-                options[:, i] = (1.0, vocab_size, 1.0, 0.0, 0.0)
+                values[:, i] = (1.0, vocab_size, 1.0, 0.0, 0.0)
             else:
-                options[:, i] = (
+                values[:, i] = (
                     max(row.temperature, _TINY),
                     row.top_k if 0 < row.top_k < vocab_size else vocab_size,
                     row.top_p,
                     row.min_p,
-                    philox_uniform(row.seed, row.step, row.sample_index),
+                    philox_uniform(row.seed, position.step, row.sample_index),
                 )
+        values_there, greedy_there = upload([values, greedy], device)
         return cls(
-            bias=_bias_entries(rows, device),
-            bans=_ban_entries(rows, vocab_size, device),
-            penalties=_penalty_entries(rows, device),
-            options=_upload(options, device),
-            greedy=_upload(greedy, device) if greedy.any() else None,
-            any_drawn=bool(drawn),
+            values=values_there,
+            greedy=greedy_there if greedy.any() else None,
             max_top_k=max(top_ks, default=0),
             all_top_k=len(top_ks) == len(drawn),
             any_top_p=any(row.top_p < 1 for row in drawn),
@@ -250,22 +168,29 @@ class SamplingBatch:
 class Sampler:
     """Chooses the next token of every sequence. Has no state; never mutates its logits."""
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-        """One token a row; logits: (S, V), any float dtype; rows: S. Does not wait for a GPU."""
+    def sample(
+        self,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> SampledTokens:
+        """One token a row of logits (S, V), any float dtype. Does not wait for a GPU.
+
+        rows: one a row of logits. With drafts, row i has 1 + len(drafts[i]) rows of logits in turn:
+        after its last token, and after each of the tokens guessed to follow it. The token of each
+        is what it would be if the drafts before it were the output; matchers are left as they were.
+        """
+        positions = positions_of(rows, drafts)
         assert logits.dim() == 2
-        assert len(rows) == logits.shape[0]
-        if not any(map(_needs_options, rows)):
-            # On the CPU `max` is several times faster than `argmax`; it returns a NaN if any is.
-            best, tokens = logits.max(dim=-1)
-            return _pack(tokens, best)
-        batch = SamplingBatch.build(rows, logits.shape[1], logits.device)
-        adjusted = logits.to(torch.float32, copy=batch.changes_logits)
-        _change_logits(adjusted, batch)
-        best, tokens = adjusted.max(dim=-1)
-        if batch.any_drawn:
-            drawn = _draw(_kept(adjusted - best[:, None], batch), batch.options[4])
-            tokens = drawn if batch.greedy is None else torch.where(batch.greedy, tokens, drawn)
-        return _pack(tokens, best)
+        assert len(positions) == logits.shape[0]
+        if any(p.changes_logits for p in positions):
+            changes = LogitsChanges.build(positions, logits.shape[1], logits.device)
+            logits = logits.to(torch.float32, copy=True)
+            changes.apply(logits)
+        if implementation_for(logits) == "triton":
+            tokens = _choose_on_gpu(logits, positions)
+            return _pack(tokens.clamp_min(0), tokens >= 0)
+        return _choose(logits, positions)
 
     def logprobs(self, logits: Tensor, tokens: Tensor, k: int) -> Logprobs:
         """Log-probabilities of tokens (S,) and of the k most likely, from logits (S, V)."""
@@ -276,108 +201,60 @@ class Sampler:
         return Logprobs(token[:, 0], top.indices, top.values - normaliser)
 
 
-def _needs_options(row: SamplingRow) -> bool:
-    return bool(row.temperature > 0 or row.has_penalties or row.params.logit_bias or row.banned_ids)
+def _choose(logits: Tensor, positions: Sequence[Position]) -> SampledTokens:
+    """6 to 10 of the module's text in PyTorch."""
+    if all(p.row.temperature == 0 for p in positions):
+        # On the CPU `max` is several times faster than `argmax`; it returns a NaN if any is.
+        best, tokens = logits.max(dim=-1)
+        return _pack(tokens, best.isfinite())
+    options = DrawOptions.build(positions, logits.shape[1], logits.device)
+    logits = logits.to(torch.float32)
+    best, tokens = logits.max(dim=-1)
+    drawn = _draw(_kept(logits - best[:, None], options), options.values[4])
+    tokens = drawn if options.greedy is None else torch.where(options.greedy, tokens, drawn)
+    return _pack(tokens, best.isfinite())
 
 
-def _pack(tokens: Tensor, best: Tensor) -> SampledTokens:
-    """best: (S,), the largest logit of each row: NaN if any is NaN, -inf if all are."""
-    return SampledTokens(torch.stack((tokens, best.isfinite().to(torch.int64))))
+def _choose_on_gpu(logits: Tensor, positions: Sequence[Position]) -> Tensor:
+    """6 to 10 of the module's text by `kernels.sampling`: (S,) int64, -1 where not finite."""
+    rows = [p.row for p in positions]
+    if all(row.temperature == 0 for row in rows):
+        return sampling.argmax(logits)
+    arrays = (
+        np.array([row.temperature and max(row.temperature, _TINY) for row in rows], np.float32),
+        np.array([min(row.top_k, logits.shape[1]) for row in rows], np.int32),
+        np.array([row.top_p for row in rows], np.float32),
+        np.array([row.min_p for row in rows], np.float32),
+        np.array([row.seed for row in rows], np.int64),
+        np.array([p.step for p in positions], np.int64),
+        np.array([row.sample_index for row in rows], np.int64),
+    )
+    filters = any(row.top_k > 0 or row.top_p < 1 for row in rows)
+    return sampling.sample(logits, *upload(arrays, logits.device), filters=filters)
 
 
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it (from pinned memory on a GPU)."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def _pack(tokens: Tensor, finite: Tensor) -> SampledTokens:
+    return SampledTokens(torch.stack((tokens, finite.to(torch.int64))))
 
 
-def _entries(
-    rows: Sequence[int], ids: Sequence[int], values: Sequence[float], device: torch.device
-) -> _Entries | None:
-    if not rows:
-        return None
-    index = _upload(np.array([rows, ids], dtype=np.int64), device)
-    return _Entries(index[0], index[1], (_upload(np.array(values, np.float32), device),))
-
-
-def _bias_entries(rows: Sequence[SamplingRow], device: torch.device) -> _Entries | None:
-    found = [
-        (i, token_id, bias)
-        for i, row in enumerate(rows)
-        for token_id, bias in (row.params.logit_bias or {}).items()
-    ]
-    return _entries([f[0] for f in found], [f[1] for f in found], [f[2] for f in found], device)
-
-
-def _ban_entries(
-    rows: Sequence[SamplingRow], vocab_size: int, device: torch.device
-) -> _Entries | None:
-    """End tokens outside the vocabulary are left out: the model cannot produce them."""
-    found = [
-        (i, token_id)
-        for i, row in enumerate(rows)
-        for token_id in row.banned_ids
-        if token_id < vocab_size
-    ]
-    return _entries([f[0] for f in found], [f[1] for f in found], [], device)
-
-
-def _penalty_entries(rows: Sequence[SamplingRow], device: torch.device) -> _Entries | None:
-    row_parts: list[np.ndarray] = []
-    id_parts: list[np.ndarray] = []
-    value_parts: list[np.ndarray] = []
-    for i, row in enumerate(rows):
-        if row.has_penalties:
-            ids, counts = row.counts.update(row.output_ids)
-            values = np.empty((4, len(ids)), np.float32)
-            values[0] = counts
-            values[1:] = np.array(row.penalties)[:, None]
-            row_parts.append(np.full(len(ids), i))
-            id_parts.append(ids)
-            value_parts.append(values)
-    if not row_parts:
-        return None
-    index = _upload(np.stack((np.concatenate(row_parts), np.concatenate(id_parts))), device)
-    columns = _upload(np.concatenate(value_parts, axis=1), device)
-    return _Entries(index[0], index[1], columns.unbind(0))
-
-
-def _change_logits(logits: Tensor, batch: SamplingBatch) -> None:
-    """Bias, bans, penalties, in place on logits (S, V) float32. A row has each id at most once."""
-    if batch.bias is not None:
-        rows, ids, (bias,) = batch.bias
-        logits[rows, ids] += bias
-    if batch.bans is not None:
-        # Assigning the number itself would copy it to the GPU, and wait.
-        minus_infinity = logits.new_full((), -torch.inf)
-        logits[batch.bans.rows, batch.bans.ids] = minus_infinity
-    if batch.penalties is not None:
-        rows, ids, (count, repetition, presence, frequency) = batch.penalties
-        value = logits[rows, ids]
-        value = torch.where(value > 0, value / repetition, value * repetition)
-        logits[rows, ids] = value - frequency * count - presence * (count > 0)
-
-
-def _kept(shifted: Tensor, batch: SamplingBatch) -> Tensor:
+def _kept(shifted: Tensor, options: DrawOptions) -> Tensor:
     """p (S, V) float32 as in the module's text, with 0 for what the filters remove.
 
     shifted: (S, V) float32, logits minus their row's maximum.
     """
-    temperature, top_k, top_p, min_p, _ = batch.options
+    temperature, top_k, top_p, min_p, _ = options.values
     p = (shifted / temperature.to(torch.float32)[:, None]).exp_()
     candidates = None
-    if batch.max_top_k:
-        largest = p.topk(batch.max_top_k, dim=-1).values
-        last = (top_k.to(torch.int64) - 1).clamp(max=batch.max_top_k - 1)
+    if options.max_top_k:
+        largest = p.topk(options.max_top_k, dim=-1).values
+        last = (top_k.to(torch.int64) - 1).clamp(max=options.max_top_k - 1)
         threshold = largest.gather(1, last[:, None])[:, 0].masked_fill(top_k >= p.shape[1], 0.0)
         p = _keep_from(p, threshold)
-        if batch.all_top_k:
+        if options.all_top_k:
             candidates = _keep_from(largest, threshold)
-    if batch.any_top_p:
+    if options.any_top_p:
         p = _keep_from(p, _top_p_threshold(p, top_p, candidates))
-    if batch.any_min_p:
+    if options.any_min_p:
         p = _keep_from(p, min_p.to(torch.float32))
     return p
 

@@ -14,9 +14,9 @@ Status = Literal["waiting", "running", "finished"]
 class Sequence:
     """One sample of a request: prompt, then output.
 
-    Lengths: `num_computed <= num_tokens <= max_len`. The keys and values of the first `num_computed` tokens are in
-    the cache; `page_ids` has room for at least that many. On a GPU the host learns sampled tokens a step late:
-    `num_in_flight` tokens are computed or being computed whose ids are not in `token_ids` yet.
+    The keys and values of the first `num_computed` tokens are in the cache, or will be once the launched steps have
+    run; `page_ids` has room for at least that many. The host learns sampled tokens late: `num_in_flight` counts
+    the launched steps whose token for this sequence is not in `output_ids` yet.
     """
 
     prompt_ids: list[int]
@@ -29,6 +29,20 @@ class Sequence:
     num_computed: int = 0
     num_in_flight: int = 0
     status: Status = "waiting"
+    priority: int = 0  # lower runs earlier
+    shareable: bool = True  # False: its keys depend on more than its tokens, such as its length
+    order: int = -1  # number of its arrival, set by the scheduler
+    draft_ids: list[int] = field(default_factory=list)  # guessed next tokens, to be verified
+    num_cached: int = 0  # tokens of the prompt that were in the prefix cache when it was admitted
+    num_preemptions: int = 0
+    page_keys: list[bytes] = field(default_factory=list, repr=False)  # kept by PageAllocator
+    num_published: int = 0  # pages that others may share, kept by PageAllocator
+    wake: int = 0  # the scheduler looks at a decoding sequence again when this much is computed
+
+    def __post_init__(self) -> None:
+        longest = len(self.prompt_ids) + (self.params.max_tokens or self.max_len)
+        # Tokens it can come to have; the last is never computed.
+        self.limit = min(self.max_len, longest)
 
     @property
     def num_tokens(self) -> int:
@@ -36,7 +50,7 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose keys and values are not in the cache: the whole prompt at first, then one."""
+        """Tokens yet to be computed: the whole prompt at first, then one; none while drafts are being verified."""
         return self.num_tokens + self.num_in_flight - self.num_computed
 
     def tokens(self, begin: int, end: int) -> list[int]:

@@ -5,6 +5,7 @@ A sequence ends with the first of these:
 * a stop string is complete: the text ends before it;
 * a token of `stop_token_ids`, or an end token of the model unless `ignore_eos`: its text is not
   output;
+* the token after which nothing can follow in a structured output: its text is output;
 * the token number `max_tokens`.
 
 A stop string is complete at its last character. Of several that are complete at the same character
@@ -64,8 +65,11 @@ class StopChecker:
         self._held = ""
         self.num_tokens = 0
 
-    def push(self, token_id: int) -> Emission:
-        """Take the next token. An emission with a finish_reason is the last: do not push again."""
+    def push(self, token_id: int, is_complete: bool = False) -> Emission:
+        """Take the next token. An emission with a finish_reason is the last: do not push again.
+
+        is_complete: a structured output is complete with this token (`Matcher.is_complete`).
+        """
         self.num_tokens += 1
         may_stop = self.num_tokens >= self._min_tokens
         if may_stop and token_id in self._stop_ids:
@@ -74,8 +78,8 @@ class StopChecker:
             return self._end("stop", None)
         piece = "" if self._stream is None else self._stream.push((token_id,))
         emission = self._scan(piece, may_stop)
-        if emission.finish_reason is None and self.num_tokens == self._max_tokens:
-            end = self._end("length", None)
+        if emission.finish_reason is None and (is_complete or self.num_tokens == self._max_tokens):
+            end = self._end("stop" if is_complete else "length", None)
             return Emission(emission.text + end.text, end.finish_reason, end.stop_reason)
         return emission
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from hayate.errors import UsageError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found]
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,9 @@ def load_train_config(file: Path | None, overrides: Mapping[str, str]) -> TrainC
             raise UsageError(f"{file} cannot be read ({error.strerror})") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} is not valid TOML: {error}") from None
-    config = _build(TrainConfig, values, where=str(file), prefix="")
     for name, text in overrides.items():
-        config = _override(config, name.split("."), text, name)
-    return config
+        _insert(values, name, text)
+    return _build(TrainConfig, values, where=str(file or "the command line"), prefix="")
 
 
 def _build(kind: type, values: Any, *, where: str, prefix: str) -> Any:
@@ -191,16 +190,21 @@ def _build(kind: type, values: Any, *, where: str, prefix: str) -> Any:
     return kind(**arguments)
 
 
-def _override(config: Any, path: Sequence[str], text: str, name: str) -> Any:
-    hints = typing.get_type_hints(type(config))
-    key = path[0]
-    if key not in hints or dataclasses.is_dataclass(hints[key]) != (len(path) > 1):
+def _insert(values: dict[str, Any], name: str, text: str) -> None:
+    """Set the field `name` of nested tables to what `text` says."""
+    kind: Any = TrainConfig
+    *tables, key = name.split(".")
+    for table in tables:
+        kind = typing.get_type_hints(kind).get(table)
+        if not dataclasses.is_dataclass(kind):
+            raise UsageError(
+                f"--{name} is unknown{_nearest(table, typing.get_type_hints(TrainConfig))}"
+            )
+        values = values.setdefault(table, {})
+    hints = typing.get_type_hints(kind)
+    if key not in hints or dataclasses.is_dataclass(hints[key]):
         raise UsageError(f"--{name} is unknown{_nearest(key, hints)}")
-    if len(path) > 1:
-        value = _override(getattr(config, key), path[1:], text, name)
-    else:
-        value = _convert(_parse(text, hints[key]), hints[key], f"--{name}")
-    return dataclasses.replace(config, **{key: value})
+    values[key] = _convert(_parse(text, hints[key]), hints[key], f"--{name}")
 
 
 def _nearest(key: str, known: Mapping[str, Any]) -> str:

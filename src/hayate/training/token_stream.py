@@ -37,6 +37,10 @@ class TokenBatch:
     def num_targets(self) -> int:
         return int((self.targets != IGNORE).sum())
 
+    def __getitem__(self, rows: slice) -> TokenBatch:
+        """Some of the windows."""
+        return TokenBatch(self.token_ids[rows], self.targets[rows], self.document_starts[rows])
+
 
 class TokenStream:
     """Windows of weighted token files, in their order for one run.

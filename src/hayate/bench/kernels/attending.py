@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hayate.bench.kernels.case import Case, Setting, relative
 from hayate.config import PAGE_SIZE
 from hayate.kernels.attention import attention
-from hayate.kernels.flash_attention import _flash_attention_triton, sdpa_is_faster
+from hayate.kernels.flash_attention import flash_attention
 
 _SAMPLED_QUERIES = 128  # of a prompt; the scores of all in float64 would fill the memory
 
@@ -90,7 +90,7 @@ def _decode_case(on: Setting, S: int, N: int, heads: Heads) -> Case:
 
 
 def prompt_cases(on: Setting) -> list[Case]:
-    """`attention` as a model calls it, over pages; it may pass a prompt on to PyTorch's SDPA."""
+    """`attention` as a model calls it, over pages."""
     if not on.gpu:
         return [_prompt_case(on, 512, Heads(9, 3, 64))]
     heads = [Heads(32, 8, 128), Heads(32, 8, 64)]
@@ -116,13 +116,23 @@ def _prompt_case(on: Setting, T: int, heads: Heads) -> Case:
         k, v = (cache[table[0]].flatten(0, 1)[:T] for cache in o[1:])
         return _prompt_error(on, o[0], k, v, out)
 
-    passed_on = sdpa_is_faster(on.device, K, T)
-    note = "goes to PyTorch's SDPA" if passed_on else ""
-    return Case(f"{T}, {heads}", make, run, error, *_prompt_cost(on, T, heads), note=note)
+    def rival(o: Any) -> Tensor:
+        """cuDNN on keys as if the pages lay in order, which it could not read otherwise."""
+        k, v = (cache.flatten(0, 1)[:T] for cache in o[1:])
+        return _sdpa(SDPBackend.CUDNN_ATTENTION, K)((o[0], k, v))
+
+    return Case(
+        f"{T}, {heads}",
+        make,
+        run,
+        error,
+        *_prompt_cost(on, T, heads),
+        rivals={"cuDNN": rival} if on.gpu else {},
+    )
 
 
 def flash_cases(on: Setting) -> list[Case]:
-    """Our Triton kernel over dense keys, beside PyTorch's SDPA with each of its backends."""
+    """The same kernel over dense keys, beside PyTorch's SDPA with each of its backends."""
     if not on.gpu:
         return []
     heads = [Heads(32, 8, 128), Heads(32, 8, 64)]
@@ -135,11 +145,8 @@ def _flash_case(on: Setting, T: int, heads: Heads) -> Case:
     ends = torch.tensor([0, T], dtype=torch.int32, device=on.device)
 
     def run(o: Any) -> Tensor:
-        # Not `flash_attention`, which would pass long prompts on to SDPA.
         q, k, v = o
-        return _flash_attention_triton(
-            q, k, v, None, ends, ends, max_seqlen_q=T, scale=K**-0.5, window=None
-        )
+        return flash_attention(q, k, v, ends, ends, max_seqlen_q=T, scale=K**-0.5)
 
     return Case(
         f"{T}, {heads}",

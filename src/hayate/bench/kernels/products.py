@@ -15,7 +15,7 @@ from hayate.models import preset_config
 from hayate.models.config import ModelConfig
 from hayate.models.presets import PRESETS
 
-_ROWS = (1, 2, 4, 8, 16, 32)
+_ROWS = (1, 2, 8, 16, 32, 64)
 
 
 class Layer(NamedTuple):
