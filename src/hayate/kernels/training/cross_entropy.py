@@ -111,7 +111,7 @@ def _losses_torch(logits: Tensor, targets: Tensor, loss: Tensor, grad: Tensor | 
         )
     if grad is not None:
         p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
-        p[~counts] = 0
+        p.index_fill_(0, (~counts).nonzero()[:, 0], 0)
         grad.copy_(p)  # nothing where it is p
 
 
