@@ -6,12 +6,14 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m
 PROMPT := What is gravity?
 SOURCES := src tests examples
+# A folder of tests is a process: Triton's interpreter, which tests/kernels runs, is chosen for a whole process.
+SUITES := $(patsubst tests/%/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pull demo test parity lint types kernels clean
+.PHONY: help setup pull demo train-demo test parity lint types kernels clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv and install everything into it (again only when the requirements change)
 
@@ -28,10 +30,16 @@ pull: $(READY)  ## fetch the demo model, once
 demo: pull  ## set up, fetch the demo model, stream an answer
 	$(BIN)/hayate generate --model $(MODEL) --chat --prompt "$(PROMPT)" --max-tokens 120
 
-test: pull  ## set up, fetch the demo model, run the tests (make test PYTEST_ARGS=tests/cpu)
-	$(BIN)/python -m pytest --ignore tests/kernels $(PYTEST_ARGS)
-	@# Triton's interpreter is chosen for a whole process: its tests have one of their own.
-	$(BIN)/python -m pytest tests/kernels
+train-demo: $(READY)  ## train a small mixture of experts on books (minutes on two cores), generate from it, plot it
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/train/demo.sh runs/train-demo
+
+test: pull  ## set up, fetch the demo model, run the tests (make test-cpu PYTEST_ARGS="-k cli" for some)
+	@# Two suites at a time, the longest first, with a thread each; a suite's output comes when it ends.
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target \
+		test-kernels $(patsubst %,test-%,$(filter-out kernels,$(SUITES)))
+
+test-%: $(READY)
+	MAKEFLAGS= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/$* $(PYTEST_ARGS)
 
 parity: $(READY)  ## print the table of logits against transformers, every architecture
 	$(BIN)/python -m tests.parity.compare

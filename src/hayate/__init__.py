@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "SamplingParams", "StructuredOutput", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "StructuredOutput", "VisionCore", "__version__"]
 
 if TYPE_CHECKING:
     from hayate.runtime.async_llm import AsyncLLM
     from hayate.runtime.llm import LLM
     from hayate.sampling_params import SamplingParams, StructuredOutput
+    from hayate.vision_core.core import VisionCore
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from hayate.runtime.async_llm import AsyncLLM
 
         return AsyncLLM
+    if name == "VisionCore":
+        from hayate.vision_core.core import VisionCore
+
+        return VisionCore
     if name in ("SamplingParams", "StructuredOutput"):
         from hayate import sampling_params
 

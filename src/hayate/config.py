@@ -29,6 +29,9 @@ _DTYPE_NAMES = {
 _DEFAULT_SEQS, _DEFAULT_LEN = 16, 8192  # what the KV cache has room for when nobody says
 # Longest part of a prompt beside decoding sequences, which wait for it: some 50 ms on a GPU, 300 ms on a CPU.
 _DEFAULT_CHUNK = {"cuda": 2048, "cpu": 128}
+_DEFAULT_IMAGE_CACHE = "256M"  # 585 pictures, 37,000 tokens, of width 3,584 in two bytes
+# For encoding ten pictures of 1,024 patches, whose widest layers hold 0.4 GB in two bytes.
+_IMAGE_WORKSPACE = 512 * 2**20
 MAX_DRAFT_TOKENS = 15  # with the token before them, the 16 queries of the decode attention kernel
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -48,6 +51,8 @@ class EngineOptions:
     batch_invariant: bool = False  # a sequence's tokens do not depend on what runs beside it
     speculative: str | None = None  # "ngram", or a draft model: folder, built-in name or hub id
     num_draft_tokens: int = 7  # at most so many guessed tokens are verified at once
+    image_cache: str | int | None = None  # bytes of encoded images kept for later prompts
+    tensor_parallel: int = 1  # processes, each with its part of every layer, and with its GPU
 
     @property
     def draft_model(self) -> str | None:
@@ -73,15 +78,25 @@ class EnginePlan:
     batch_invariant: bool
     speculative: str | None
     num_draft_tokens: int  # 0 without speculation
+    image_cache_bytes: int  # 0 where the model takes no images
+    tensor_parallel: int = 1  # processes; the bytes above are each one's
 
     @property
     def kv_tokens(self) -> int:
         return self.num_pages * self.page_size
 
+    @property
+    def num_gpus(self) -> int:
+        """Devices whose rates add up: 1 on the CPU, which processes share."""
+        return 1 if self.device == "cpu" else self.tensor_parallel
+
     def describe(self) -> str:
         """One line for the log."""
+        where = self.device
+        if self.tensor_parallel > 1:
+            where = f"{self.tensor_parallel} processes from {self.device} on, each"
         return (
-            f"{self.dtype} on {self.device}: weights {format_bytes(self.weight_bytes)}, KV cache "
+            f"{self.dtype} on {where}: weights {format_bytes(self.weight_bytes)}, KV cache "
             f"{format_bytes(self.kv_bytes)} ({self.kv_tokens:,} tokens), context up to {self.max_model_len:,}"
         )
 
@@ -135,6 +150,7 @@ def resolve_plan(
     max_position_embeddings: int,
     free_bytes: int,
     supports_bfloat16: bool = True,
+    takes_images: bool = False,
 ) -> EnginePlan:
     """Turn options into a plan, before anything is loaded.
 
@@ -148,7 +164,12 @@ def resolve_plan(
             dtype = "float16"
     weights, per_token = weight_bytes_of[dtype], kv_bytes_per_token_of[dtype]
     page_bytes = per_token * PAGE_SIZE
-    workspace = weights // 50 + 256 * 2**20
+    image_cache_bytes = _image_cache_bytes(options, free_bytes) if takes_images else 0
+    workspace = weights // 50 + 256 * 2**20 + image_cache_bytes
+    if takes_images:
+        workspace += _IMAGE_WORKSPACE
+    elif options.image_cache is not None:
+        raise UsageError(f"--image-cache {options.image_cache}: this model takes no images")
     left = free_bytes - weights - workspace
     if left < page_bytes:
         raise OutOfMemory(
@@ -199,6 +220,8 @@ def resolve_plan(
         batch_invariant=options.batch_invariant,
         speculative=options.speculative,
         num_draft_tokens=options.num_draft_tokens if options.speculative else 0,
+        image_cache_bytes=image_cache_bytes,
+        tensor_parallel=options.tensor_parallel,
     )
 
 
@@ -222,11 +245,32 @@ def _check_batching(options: EngineOptions, device: str) -> int:
         raise UsageError(
             "--speculative is empty; give ngram, or the folder or name of a draft model"
         )
+    _check_parallel(options)
     if not 1 <= options.num_draft_tokens <= MAX_DRAFT_TOKENS:
         raise UsageError(
             f"--num-draft-tokens {options.num_draft_tokens} must be between 1 and {MAX_DRAFT_TOKENS}"
         )
     return chunk
+
+
+def _check_parallel(options: EngineOptions) -> None:
+    """UsageError for what several processes cannot do alike."""
+    if options.tensor_parallel == 1:
+        return
+    if options.speculative is not None:
+        raise UsageError(
+            f"--speculative {options.speculative} needs --tensor-parallel 1: when drafts pay is decided by measured "
+            "times, which differ from process to process"
+        )
+    if options.batch_invariant:
+        raise UsageError(
+            "--batch-invariant needs --tensor-parallel 1: the order of a sum over processes depends on its size"
+        )
+
+
+def _image_cache_bytes(options: EngineOptions, free_bytes: int) -> int:
+    size = _DEFAULT_IMAGE_CACHE if options.image_cache is None else options.image_cache
+    return parse_size(size, option="--image-cache", free_bytes=free_bytes)
 
 
 def _round_up(num_tokens: int) -> int:

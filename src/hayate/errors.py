@@ -9,7 +9,7 @@ code   meaning
 3      the model is not found or not valid
 4      the device is not available
 5      out of memory
-6      the GPU failed while running
+6      the GPU, or a process of several, failed while running
 130    interrupted
 =====  =====================================================================
 
@@ -43,6 +43,10 @@ class UsageError(HayateError, ValueError):
     exit_code = 2
 
 
+class ImageError(UsageError):
+    """A picture cannot be read or used; the message names it and the cause."""
+
+
 class ModelError(HayateError, ValueError):
     """The model folder is missing, incomplete, corrupt, or of a kind we do not run."""
 
@@ -65,6 +69,10 @@ class GpuFault(HayateError, RuntimeError):
     """A kernel failed on the GPU; the process must be restarted."""
 
     exit_code = 6
+
+
+class WorkerFault(GpuFault):
+    """One of the processes that share a model failed or was killed; load the model, or resume the run, again."""
 
 
 def to_raise(error: BaseException, outputs: Sequence[RequestOutput] = ()) -> BaseException:

@@ -96,7 +96,9 @@ class SamplingParams:
     top_p: float | None = None  # 1 = off
     top_k: int | None = None  # 0 or -1 = off
     min_p: float | None = None  # 0 = off
-    repetition_penalty: float | None = None  # 1 = off; over prompt and output
+    repetition_penalty: float | None = (
+        None  # 1 = off; over prompt and output, where images are taken output
+    )
     presence_penalty: float = 0.0  # over the output
     frequency_penalty: float = 0.0  # over the output
     logit_bias: dict[int, float] | None = None  # token id -> added to its logit

@@ -80,6 +80,16 @@ def test_a_decode_step_of_a_dense_model_by_hand() -> None:
     assert cost.flops == pytest.approx(8 * (2 * linear + attention_flops), rel=1e-4)
 
 
+def test_four_bit_weights_by_hand() -> None:
+    """Per weight half a byte, and an fp32 scale for 64; pictures are no part of a step of text."""
+    D, F, V = 3584, 18_944, 151_666
+    matrices = 28 * ((D + 2 * 512) * D + D * D + 3 * F * D)
+    rest = 28 * (D + 2 * 512 + 2 * D) + D + D + V * D  # biases, norms, an embedding row, the head
+    for name, width in (("minicpm-v-2.6-int4", 0.5 + 4 / 64), ("minicpm-v-2.6", 2)):
+        cost = roofline.decode_cost(preset_config(name), batch=1, context=0, dtype_bytes=2)
+        assert cost.num_bytes == matrices * width + rest * 2
+
+
 def test_a_prompt_by_hand() -> None:
     T, D, F, L = 2048, 576, 1536, 30
     linear = L * (960 * D + 576 * D + 3 * F * D)

@@ -58,3 +58,44 @@ def test_null_kv_heads_mean_as_many_as_heads():
 
 def test_head_dim_is_the_config_s():
     assert parse(PRESETS["minitron-8b"], head_dim=96).head_dim == 96
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def test_nf4_is_read():
+    """What the published checkpoints have; the fields for 8 bits change nothing."""
+    saved = {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "float16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": ["out_proj", "lm_head"],
+        "llm_int8_threshold": 6.0,
+    }
+    assert parse(LLAMA, quantization_config={**NF4, **saved}).nf4_modules == frozenset()
+    assert parse(LLAMA, quantization_config=NF4).nf4_modules == frozenset()
+    assert parse(LLAMA).nf4_modules is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quant_method is .gptq"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"load_in_4bit": False}, "load_in_4bit"),
+        ({"bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"bnb_4bit_quant_type": None}, "bnb_4bit_quant_type"),
+        ({"bnb_4bit_use_double_quant": 1}, "bnb_4bit_use_double_quant"),
+        ({"bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype"),
+        ({"llm_int8_skip_modules": "lm_head"}, "llm_int8_skip_modules"),
+        ({"group_size": 128}, "group_size"),
+    ],
+)
+def test_other_quantisation_is_refused_by_name(changes, named):
+    with pytest.raises(ModelError, match=f"quantization_config.*{named}"):
+        parse(LLAMA, quantization_config={**NF4, **changes})

@@ -1,4 +1,4 @@
-"""Imports point one way: cli, bench -> runtime -> models -> kernels; leaves know nobody above."""
+"""Imports point one way: cli, bench -> runtime -> vision -> models -> kernels; leaves know nobody above."""
 
 from __future__ import annotations
 
@@ -20,12 +20,21 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"errors", "sampling_params"},  # GenerationDefaults checks itself as SamplingParams
     "kernels": {"errors"},
     "models": {"kernels", *LEAVES},
-    "runtime": {"models", "kernels", *LEAVES},
-    "bench": {"runtime", "models", "kernels", "", *LEAVES},  # "" for the version
+    "vision": {"models", "kernels", *LEAVES},
+    "runtime": {"vision", "models", "kernels", *LEAVES},
+    "vision_core": {"runtime", "vision", *LEAVES},
+    "bench": {  # "" for the version
+        *("training", "vision_core", "runtime", "vision", "models", "kernels", ""),
+        *LEAVES,
+    },
     "training": {"runtime", "models", "kernels", *LEAVES},
-    "cli": {"bench", "training", "runtime", "models", "kernels", "", *LEAVES},
+    "server": {"vision_core", "runtime", "vision", "", *LEAVES},
+    "cli": {
+        *("server", "bench", "training", "vision_core", "runtime", "models", "kernels", ""),
+        *LEAVES,
+    },
     "__main__": {"cli"},
-    "": {"runtime", *LEAVES},  # hayate/__init__.py
+    "": {"vision_core", "runtime", *LEAVES},  # hayate/__init__.py
 }
 
 

@@ -51,6 +51,21 @@ def test_unary(name, shape, dtype, implementation):
 @both
 @dtypes
 @shapes
+def test_gelu_tanh(shape, dtype, implementation):
+    x = (torch.randn(shape) * 4).to(dtype)
+    with use(implementation):
+        y = elementwise.gelu_tanh(x)
+    x64 = x.double()
+    wanted = 0.5 * x64 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x64 + 0.044715 * x64**3)))
+    assert y.dtype == dtype
+    # 1 + tanh cancels for negative x: 2^-24 |x| / 2, absolute; x here is below 16. And the exponent, below 40
+    # where the result is not nothing, is rounded: 40 * 2^-24, relative.
+    assert_close(y.double(), wanted, rtol=TOLERANCE[dtype]["rtol"] + 3e-6, atol=1e-6)
+
+
+@both
+@dtypes
+@shapes
 @pytest.mark.parametrize("name", ["add", "mul"])
 def test_binary(name, shape, dtype, implementation):
     x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)

@@ -231,8 +231,8 @@ def test_decode_chunks(
     D: int, F: int, norm: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One chunk, several, the last of them whole or masked."""
-    monkeypatch.setattr(moe_decode, "up_cut", lambda *_: moe_decode.Cut(8, 32, 1))
-    monkeypatch.setattr(moe_decode, "down_cut", lambda *_: moe_decode.Cut(4, 32, 1))
+    monkeypatch.setattr(moe_decode, "up_cut", lambda *_: moe_decode.Cut(16, 32, 1))
+    monkeypatch.setattr(moe_decode, "down_cut", lambda *_: moe_decode.Cut(16, 32, 1))
     check(make_layer(2, D, F, 3, 2, dtype, norm), moe_decode.moe_mlp_decode)
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from hayate.errors import UsageError
 from hayate.kernels._dispatch import use
-from hayate.kernels.norm import Norm, apply_norm, layernorm1p, rmsnorm, rmsnorm_residual
+from hayate.kernels.norm import Norm, apply_norm, layernorm, layernorm1p, rmsnorm, rmsnorm_residual
 
 EPS = 1e-5
 SHAPES = [(1, 1), (3, 7), (5, 64), (2, 1000), (2, 3, 257)]
@@ -73,6 +73,19 @@ def test_layernorm1p(shape, with_bias, dtype, implementation):
     assert_close(y.double(), layernorm1p_64(x, weight, bias), **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 257)])
+def test_layernorm(shape, with_bias, dtype, implementation):
+    x = (torch.randint(-8, 9, shape) + 5).to(dtype)
+    weight = torch.rand(shape[-1]).to(dtype) + 0.5
+    bias = torch.randn(shape[-1]).to(dtype) if with_bias else None
+    with use(implementation):
+        y = layernorm(x, weight, bias, EPS)
+    assert_close(y.double(), layernorm1p_64(x, weight.double() - 1, bias), **TOLERANCE[dtype])
+
+
 def test_layernorm1p_does_not_cancel():
     """With a mean 1000 times the deviation, E[x^2] - E[x]^2 would be wrong in the first digit."""
     x = 1000 + torch.randn(4, 300)
@@ -99,8 +112,11 @@ def test_apply_norm_chooses_by_kind(implementation):
     with use(implementation):
         rms = apply_norm(x, Norm("rmsnorm", weight, None, EPS))
         layer = apply_norm(x, Norm("layernorm1p", weight, bias, EPS))
+        plain = apply_norm(x, Norm("layernorm", weight, bias, EPS))
     assert_close(rms.double(), rmsnorm_64(x, weight), **TOLERANCE[torch.float32])
     assert_close(layer.double(), layernorm1p_64(x, weight, bias), **TOLERANCE[torch.float32])
+    expected = layernorm1p_64(x, weight.double() - 1, bias)
+    assert_close(plain.double(), expected, **TOLERANCE[torch.float32])
 
 
 def test_no_rows():

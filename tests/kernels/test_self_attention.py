@@ -136,7 +136,7 @@ def expected(case: Case, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor, 
 attention_module = sys.modules["hayate.kernels.attention"]
 
 
-@pytest.fixture(params=["few keys", "many keys"], autouse=True)
+@pytest.fixture(params=["few keys", "many keys"])
 def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the page table could hold decides which kernels run; each must take every case."""
     few = request.param == "few keys"
@@ -160,6 +160,7 @@ def check(case: Case, inputs: Inputs, operands: tuple[Any, ...], found: Tensor) 
         torch.testing.assert_close(cache, wanted, rtol=eps, atol=4e-6, equal_nan=True)
 
 
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", CASES)
 def test_kernel(name: str, dtype: torch.dtype) -> None:
@@ -205,6 +206,7 @@ def test_reference(name: str) -> None:
     check(case, inputs, operands, found)
 
 
+@pytest.mark.usefixtures("table")
 def test_padding_without_a_slot_is_not_cached() -> None:
     """Rows of a graph that no sequence has: NaN in, zero out, nothing written."""
     case = Case((20, 0, 0))

@@ -51,8 +51,9 @@ def test_adamw_is_torchs(implementation: str, dtype: torch.dtype) -> None:
         optimizer.step()
     for p, state, master in zip(params, states, masters, strict=True):
         ours = p if dtype == torch.float32 else state.master.view_as(p)
-        # A few roundings of values up to 4 and of steps of 0.01, in three steps.
-        torch.testing.assert_close(ours, master.detach(), rtol=2.0**-22, atol=2e-8)
+        # In each of three steps two roundings of the weight, here and in torch (a fused multiply-add is one), and a
+        # few of the update of 0.01.
+        torch.testing.assert_close(ours, master.detach(), rtol=12 * 2.0**-24, atol=2e-8)
         if dtype == torch.bfloat16:
             # Rounded to nearest; Triton's interpreter cuts off.
             limit = 2.0**-7 if implementation == "triton" else 2.0**-8

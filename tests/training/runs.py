@@ -10,6 +10,7 @@ import torch
 
 from hayate.training.config import TrainConfig, load_train_config
 from hayate.training.loop import Trainer
+from hayate.training.parallel import World
 from hayate.training.token_file import TokenFileWriter
 from hayate.training.tokenizer_training import train_tokenizer
 
@@ -52,14 +53,16 @@ TINY: dict[str, str] = {
 }
 
 
-def tiny_config(data: Path, output: Path, **overrides: str) -> TrainConfig:
-    """`overrides`: table__field="text"."""
+def tiny_config(data: Path, output: Path, **overrides: str | None) -> TrainConfig:
+    """`overrides`: table__field="text", or None for the field's own default."""
     fields = {name.replace("__", "."): text for name, text in overrides.items()}
-    return load_train_config(None, TINY | {"data.train": str(data), "output": str(output)} | fields)
+    fields = TINY | {"data.train": str(data), "output": str(output)} | fields
+    return load_train_config(None, {k: text for k, text in fields.items() if text is not None})
 
 
 def trainer(config: TrainConfig, **options: Any) -> Trainer:
-    return Trainer(config, device=torch.device("cpu"), **options)
+    options.setdefault("world", World.single(torch.device("cpu")))
+    return Trainer(config, **options)
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:

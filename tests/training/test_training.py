@@ -17,6 +17,7 @@ from hayate.training.forward import TrainingBatch
 from hayate.training.loss import LossParts, StepSize
 from hayate.training.metrics import read_metrics
 from hayate.training.state import find_checkpoints
+from tests.training.parity import compare_step
 from tests.training.runs import make_data, tiny_config, trainer, weights
 
 
@@ -67,61 +68,16 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(
         torch.testing.assert_close(found_parts.aux, parts.aux, rtol=1e-5, atol=0)
 
 
-def test_a_step_equals_transformers_and_torch_s_adamw(data: Path, tmp_path: Path) -> None:
-    """Loss and updated weights of one step, cross-entropy alone, windows without document boundaries."""
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_config(
-        data,
-        tmp_path / "run",
-        loss__balance="none",
-        loss__z="0",
-        schedule__num_steps="1",
-        schedule__warmup_steps="0",
-        optimizer__clip="0.5",
-    )
-    run = trainer(config)
-    run.checkpointer.save(0, run.model, {"load_shares": run.loss.load_shares}, optimizer_steps=0)
-    run.checkpointer.wait()
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "run" / "step-00000000", dtype=torch.float32
-    )
-    batch = run.stream.batch(0, config.sequences_per_step)
-    batch.document_starts[:] = 0  # transformers has one document a row
-    ids, targets = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.targets)
-    logits = theirs(input_ids=ids).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=-100
-    )
-    loss.backward()
-    decays = [p for p in theirs.parameters() if p.dim() > 1]
-    embeddings = [theirs.model.embed_tokens.weight, theirs.lm_head.weight]
-    decays = [p for p in decays if all(p is not e for e in embeddings)]
-    rest = [p for p in theirs.parameters() if all(p is not d for d in decays)]
-    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
-    torch.optim.AdamW(
-        [{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=1e-3,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-    ).step()
-
-    parts = LossParts.zeros(run.loss.num_sparse, run.loss.num_experts, run.device)
-    size = StepSize(batch.num_targets, config.batch.tokens_per_step)
-    run.loss.backward(TrainingBatch.of(batch, run.device), size, parts)
-    run.optimizer.step(1e-3)
-    torch.testing.assert_close(parts.cross_entropy, loss.detach(), rtol=1e-5, atol=0)
-    run.checkpointer.save(1, run.model, {"load_shares": run.loss.load_shares}, optimizer_steps=1)
-    run.checkpointer.wait()
-    ours = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "run" / "step-00000001", dtype=torch.float32
-    )
-    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        # Adam's first step is lr * g / (|g| + eps): where g is about eps, rounding of g shows; so nearly all
-        # elements must agree to rounding, and none may be off by more than the whole step.
-        error = (mine - other).abs()
-        assert error.max() <= 2.1e-3, name
-        assert (error > 1e-5).float().mean() < 0.01, name
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "llama", "qwen3", "nemotron"])
+def test_a_step_equals_transformers_and_torch_s_adamw(kind: str, tmp_path: Path) -> None:
+    step = compare_step(kind, tmp_path)
+    # fp32 sums of some thousand terms in another order; the seen errors are a tenth of these.
+    assert step.loss_error < 1e-6
+    assert step.gradient_error < 5e-5
+    # Adam's first step is lr * g / (|g| + eps): where g is about eps, rounding of g shows; so nearly all
+    # elements must agree to rounding, and none may be off by more than the whole step.
+    assert step.weight_error < 2.1
+    assert step.weights_off < 1e-3
 
 
 def test_exported_weights_give_transformers_the_same_logits(data: Path, tmp_path: Path) -> None:
@@ -145,7 +101,9 @@ def test_overfits_one_batch(data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         data,
         tmp_path / "run",
-        schedule__num_steps="150",
+        batch__tokens_per_step="64",
+        batch__tokens_per_micro_batch="64",
+        schedule__num_steps="60",
         schedule__kind="constant",
         optimizer__lr="3e-3",
         optimizer__weight_decay="0",
@@ -154,7 +112,7 @@ def test_overfits_one_batch(data: Path, tmp_path: Path) -> None:
     )
     run = trainer(config)
     first = run.stream.batch(0, config.sequences_per_step)
-    run.stream.batch = lambda step, size: first  # type: ignore[method-assign]
+    run.stream.batch = lambda step, size, **share: first  # type: ignore[method-assign]
     run.train()
     assert run.progress.losses[0] > 5
     assert run.progress.losses[-1] < 0.1
@@ -176,14 +134,15 @@ def test_overfits_one_batch(data: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(
     data: Path, tmp_path: Path, extra: dict[str, str]
 ) -> None:
+    extra = extra | {"schedule__num_steps": "4", "checkpoint__every": "2"}
     whole = trainer(tiny_config(data, tmp_path / "whole", **extra))
     assert whole.train() == "finished"
     half = trainer(tiny_config(data, tmp_path / "half", **extra))
-    while half.progress.step < 4:
+    while half.progress.step < 2:
         half._step(_NoLog())
     half.checkpointer.wait()
     rest = trainer(tiny_config(data, tmp_path / "half", **extra), resume=True)
-    assert rest.progress.step == 4
+    assert rest.progress.step == 2
     rest.train()
     assert half.progress.losses + rest.progress.losses == whole.progress.losses
     for name, weight in weights(whole).items():
@@ -191,7 +150,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     names = [
         r["step"] for r in read_metrics(tmp_path / "half" / "metrics.jsonl") if r["kind"] == "train"
     ]
-    assert names == [5, 6, 7, 8]
+    assert names == [3, 4]
 
 
 class _NoLog:
@@ -223,7 +182,7 @@ real = state.save
 calls = []
 def dying(*arguments, **options):
     calls.append(1)
-    if len(calls) == 4:  # the optimizer of the second checkpoint: half of it is on disk
+    if len(calls) == 2:  # the weights of the second checkpoint: half of it, the optimizer, is on disk
         os.kill(os.getpid(), 9)
     return real(*arguments, **options)
 state.save = dying

@@ -1,7 +1,9 @@
 """Compile every registered Triton kernel for every architecture we support; no GPU is needed.
 
-    python -m hayate.bench.compile_kernels [--arch 80,90] [--match gemv] [--jobs 2] [--json]
+    python -m hayate.bench.compile_kernels [--arch 80,90] [--match gemv | --all] [--jobs 2] [--json]
 
+By itself it compiles what `covering_jobs` picks, a third of all: every kernel for every architecture, every
+specialisation for one. With --match or --all each specialisation is compiled for all its architectures.
 Prints registers, stack (spilled registers land there) and shared memory of each cubin, as
 cuobjdump reads them. Exit status 1 when a kernel does not compile, spills without being excepted
 (`may_spill`), asks for more shared memory than a block of that architecture may have, or loads
@@ -19,13 +21,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hayate.kernels._triton import COMPILE_CASES, HAS_TRITON, CompileCase, triton
 
-__all__ = ["ARCHITECTURES", "SHARED_LIMIT", "CompileResult", "compile_case", "main"]
+__all__ = [
+    "ARCHITECTURES",
+    "SHARED_LIMIT",
+    "CompileResult",
+    "compile_case",
+    "covering_jobs",
+    "main",
+]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
@@ -123,6 +134,34 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def covering_jobs(cases: Sequence[CompileCase], archs: Sequence[int]) -> list[tuple[int, int]]:
+    """(index, architecture) pairs, so that every kernel is compiled for each architecture that launches it.
+
+    The first case of a kernel that an architecture launches is compiled for it. The further cases, other sizes
+    and options, are compiled for one architecture each, in turns; but not those that differ from an earlier
+    one in their architectures alone.
+    """
+    jobs: list[tuple[int, int]] = []
+    covered: set[tuple[Any, int]] = set()
+    seen: set[str] = set()
+    turns: Counter[Any] = Counter()
+    for index, case in enumerate(cases):
+        own = _architectures(case, archs)
+        picked = [arch for arch in own if (case.kernel, arch) not in covered]
+        specialisation = repr(replace(case, name="", min_cc=0, max_cc=0))
+        if own and not picked and specialisation not in seen:
+            picked = [own[turns[case.kernel] % len(own)]]
+            turns[case.kernel] += 1
+        seen.add(specialisation)
+        covered.update((case.kernel, arch) for arch in picked)
+        jobs += [(index, arch) for arch in picked]
+    return jobs
+
+
+def _architectures(case: CompileCase, archs: Sequence[int]) -> list[int]:
+    return [arch for arch in archs if case.min_cc <= arch <= case.max_cc]
+
+
 def _compile_numbered(job: tuple[int, int]) -> CompileResult:
     index, arch = job
     return compile_case(COMPILE_CASES[index], arch)[0]
@@ -135,7 +174,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         default=",".join(map(str, ARCHITECTURES)),
         help="compute capabilities without the dot, separated by commas (default: %(default)s)",
     )
-    parser.add_argument("--match", default="", help="only kernels whose name has this in it")
+    parser.add_argument("--match", default="", help="all cases whose name has this in it")
+    parser.add_argument("--all", action="store_true", help="all cases for all architectures")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args(arguments)
@@ -159,12 +199,15 @@ def main(arguments: list[str] | None = None) -> int:
     import hayate.kernels
     import hayate.kernels.training  # noqa: F401
 
-    jobs = [
-        (index, arch)
-        for index, case in enumerate(COMPILE_CASES)
-        for arch in options.arch
-        if options.match in case.name and case.min_cc <= arch <= case.max_cc
-    ]
+    if options.all or options.match:
+        jobs = [
+            (index, arch)
+            for index, case in enumerate(COMPILE_CASES)
+            for arch in _architectures(case, options.arch)
+            if options.match in case.name
+        ]
+    else:
+        jobs = covering_jobs(COMPILE_CASES, options.arch)
     start = time.perf_counter()
     failures = 0
     if not options.json:

@@ -45,7 +45,7 @@ def run(
         **engine,
     )
     width = DTYPE_BYTES[llm.plan.dtype]
-    bandwidth = roofline.measure_read_bandwidth(llm.device)
+    bandwidth = llm.plan.num_gpus * roofline.measure_read_bandwidth(llm.device)
     context = prompt_tokens + new_tokens // 2
     cost = roofline.decode_cost(llm.config, batch=batch, context=context, dtype_bytes=width)
     ceiling = batch * bandwidth / cost.num_bytes
@@ -68,6 +68,7 @@ def run(
         "bench": "decode",
         "model": preset or model,
         "dtype": llm.plan.dtype,
+        "tensor_parallel": llm.plan.tensor_parallel,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

@@ -18,7 +18,7 @@ from hayate.bench.subject import environment
 from hayate.checkpoint.index import Checkpoint
 from hayate.checkpoint.reader import load
 from hayate.checkpoint.writer import save
-from hayate.errors import HayateError
+from hayate.errors import HayateError, UsageError
 from hayate.models import load_config, preset_config
 from hayate.models.decoder import CausalLM, build_model, init_random
 from hayate.models.weights import IGNORED_TENSORS, placements
@@ -45,6 +45,10 @@ def run(
 
             assert model is not None
             folder = resolve_model(model)
+        if load_config(folder).nf4_modules is not None:
+            raise UsageError(
+                f"{preset or model}: `bench load` measures plain tensors; NF4 weights are packed while they are loaded"
+            )
         return _measure(folder, preset or str(model), target, runs, report)
 
 
@@ -55,6 +59,8 @@ def write_random(preset: str, folder: Path, device: torch.device) -> None:
     from hayate.models.presets import PRESETS
 
     config = preset_config(preset)
+    if config.nf4_modules is not None:
+        raise UsageError(f"--preset {preset}: `bench load` measures plain tensors, not NF4")
     network = build_model(config, device=device, dtype=torch.bfloat16)
     init_random(network)
     save(dict(network.named_parameters()), placements(config), folder)

@@ -44,8 +44,10 @@ def run(
         **engine,
     )
     width = DTYPE_BYTES[llm.plan.dtype]
-    bandwidth = roofline.measure_read_bandwidth(llm.device)
-    rate = roofline.measure_matmul_flops(llm.device, getattr(torch, llm.plan.dtype))
+    bandwidth = llm.plan.num_gpus * roofline.measure_read_bandwidth(llm.device)
+    rate = llm.plan.num_gpus * roofline.measure_matmul_flops(
+        llm.device, getattr(torch, llm.plan.dtype)
+    )
     cost = roofline.prefill_cost(llm.config, tokens=prompt_tokens, dtype_bytes=width)
     floor = max(batch * cost.flops / rate, cost.num_bytes / bandwidth)
     report(
@@ -80,6 +82,7 @@ def run(
         "bench": "prefill",
         "model": preset or model,
         "dtype": llm.plan.dtype,
+        "tensor_parallel": llm.plan.tensor_parallel,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
         "milliseconds": round(seconds * 1e3, 3),

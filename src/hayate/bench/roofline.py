@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from hayate.models.config import ModelConfig
+from hayate.models.decoder import meta_model
+from hayate.models.quantization import nf4_linears
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def decode_cost(
     config: ModelConfig, *, batch: int, context: int, dtype_bytes: int, window_aware: bool = True
 ) -> StepCost:
     """One decode step of `batch` sequences whose keys span `context` tokens."""
-    weights = float(_streamed_parameters(config, batch))
+    weights = _weight_bytes(config, batch, dtype_bytes)
     kv = 0.0
     for layer in range(config.num_layers):
         window = config.window(layer) if window_aware else None
@@ -69,7 +71,7 @@ def decode_cost(
         kv += 2 * config.num_kv_heads * config.head_dim * seen * dtype_bytes
     attention = 4 * config.num_heads * config.head_dim * context * config.num_layers
     per_token = 2 * _matmul_parameters(config) + attention
-    return StepCost(weights * dtype_bytes + batch * kv, batch * per_token)
+    return StepCost(weights + batch * kv, batch * per_token)
 
 
 def prefill_cost(config: ModelConfig, *, tokens: int, dtype_bytes: int) -> StepCost:
@@ -79,9 +81,20 @@ def prefill_cost(config: ModelConfig, *, tokens: int, dtype_bytes: int) -> StepC
     attention = (
         4 * config.num_heads * config.head_dim * config.num_layers * tokens * (tokens + 1) / 2
     )
-    weights = float(_streamed_parameters(config, tokens))
+    weights = _weight_bytes(config, tokens, dtype_bytes)
     kv = config.kv_bytes_per_token(dtype_bytes) * tokens
-    return StepCost(weights * dtype_bytes + kv, linear + attention)
+    return StepCost(weights + kv, linear + attention)
+
+
+def _weight_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> float:
+    """Bytes of the weights that a step of `tokens` reads; NF4 layers with their codes and scales."""
+    count = _streamed_parameters(config, tokens) * dtype_bytes
+    if config.nf4_modules:
+        for name, layer in nf4_linears(meta_model(config, dtype=torch.bfloat16)).items():
+            if not name.startswith(("vpm.", "resampler.")):  # of pictures, not of text
+                rows, columns = layer.packed.shape
+                count -= rows * columns * dtype_bytes - layer.codes.nbytes - layer.scales.nbytes
+    return count
 
 
 def _streamed_parameters(config: ModelConfig, tokens: int) -> float:

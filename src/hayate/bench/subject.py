@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import hayate
-from hayate.config import DTYPE_BYTES, EngineOptions
+from hayate.config import EngineOptions
 from hayate.runtime.device import resolve_device
 from hayate.runtime.llm import LLM
 from hayate.runtime.loading import make_plan
@@ -49,7 +49,7 @@ def open_llm(
     if "kv_memory" not in engine:
         most = EngineOptions(**options, kv_memory="90%")
         plan = make_plan(config, most, resolve_device(device))
-        page_bytes = plan.page_size * config.kv_bytes_per_token(DTYPE_BYTES[plan.dtype])
+        page_bytes = plan.kv_bytes // plan.num_pages
         pages = batch * (-(-(length + 2) // plan.page_size) + 1)
         options["kv_memory"] = min(pages * page_bytes, plan.kv_bytes)
     if preset is not None:

@@ -71,6 +71,7 @@ def run(
         "bench": "throughput",
         "model": preset or model,
         "dtype": llm.plan.dtype,
+        "tensor_parallel": llm.plan.tensor_parallel,
         "requests": requests,
         "input": input,
         "output": output,
@@ -95,8 +96,10 @@ class _Ceiling:
     def __init__(self, llm: LLM, *, requests: int, at_once: int, input: int, output: int) -> None:
         width = DTYPE_BYTES[llm.plan.dtype]
         self.tokens = requests * output
-        self.bandwidth = roofline.measure_read_bandwidth(llm.device)
-        self.matmul = roofline.measure_matmul_flops(llm.device, getattr(torch, llm.plan.dtype))
+        self.bandwidth = llm.plan.num_gpus * roofline.measure_read_bandwidth(llm.device)
+        self.matmul = llm.plan.num_gpus * roofline.measure_matmul_flops(
+            llm.device, getattr(torch, llm.plan.dtype)
+        )
         prompt = roofline.prefill_cost(llm.config, tokens=input, dtype_bytes=width)
         step = roofline.decode_cost(
             llm.config, batch=at_once, context=input + output // 2, dtype_bytes=width

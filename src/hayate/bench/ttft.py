@@ -47,8 +47,10 @@ def run(
         length=max(prompt_tokens) + new_tokens,
         **engine,
     )
-    rate = roofline.measure_matmul_flops(llm.device, getattr(torch, llm.plan.dtype))
-    bandwidth = roofline.measure_read_bandwidth(llm.device)
+    rate = llm.plan.num_gpus * roofline.measure_matmul_flops(
+        llm.device, getattr(torch, llm.plan.dtype)
+    )
+    bandwidth = llm.plan.num_gpus * roofline.measure_read_bandwidth(llm.device)
     report(f"ceiling: {roofline.teraflops(rate)} TFLOP/s, {bandwidth / 1e9:,.1f} GB/s")
     rows = [
         _measure(llm, length, new_tokens, runs, cached, rate, bandwidth, report)
@@ -58,6 +60,7 @@ def run(
         "bench": "ttft",
         "model": preset or model,
         "dtype": llm.plan.dtype,
+        "tensor_parallel": llm.plan.tensor_parallel,
         "new_tokens": new_tokens,
         "matmul_tflops": round(rate / 1e12, 2),
         "read_bandwidth_gbs": round(bandwidth / 1e9, 2),

@@ -14,6 +14,7 @@ BUILT_IN = {smollm2.NAME: smollm2.pull_smollm2}
 _ALLOW = [
     "config.json",
     "generation_config.json",
+    "preprocessor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "chat_template.jinja",

@@ -41,15 +41,16 @@ Box = tuple[tuple[int, int], ...]  # [start, stop) in each dimension of a parame
 
 
 class Placement(NamedTuple):
-    """Tensor `source` of the checkpoint is parameter `target`[`index`].
+    """Tensor `source`[`part`] of the checkpoint is parameter `target`[`index`].
 
-    `index` holds integers and slices (no step) from the first dimension on; dimensions it does not
-    reach are taken whole, so () is the whole parameter. Read backwards to save.
+    `index` and `part` hold integers and slices (no step) from the first dimension on; dimensions they
+    do not reach are taken whole, so () is all. Read backwards to save, where every `part` is ().
     """
 
     source: str
     target: str
     index: tuple[int | slice, ...]  # type: ignore[assignment]  # hides tuple.index, unused here
+    part: tuple[slice, ...] = ()  # at most one of them not whole
 
 
 def concat(target: str, sources: Sequence[str], sizes: Sequence[int]) -> list[Placement]:
@@ -118,7 +119,7 @@ def complete(parameters: Mapping[str, Tensor], placements: Sequence[Placement]) 
     for placement in placements:
         if placement.target not in parameters:
             raise ModelError(f"{placement} names no parameter of the model")
-        box = _box(placement.index, parameters[placement.target].shape)
+        box = box_of(placement.index, parameters[placement.target].shape)
         boxes.setdefault(placement.target, []).append(box)
     for target, filled in boxes.items():
         parameter = parameters[target]
@@ -136,11 +137,11 @@ def _check_fits(tensor: TensorInfo, placement: Placement, parameter: Tensor) -> 
     index = placement.index
     dims = [
         stop - start
-        for d, (start, stop) in enumerate(_box(index, parameter.shape))
+        for d, (start, stop) in enumerate(box_of(index, parameter.shape))
         if d >= len(index) or isinstance(index[d], slice)
     ]
     where = f"{tensor.file}: tensor {show(tensor.name)}"
-    if list(tensor.shape) != dims:
+    if [stop - start for start, stop in box_of(placement.part, tensor.shape)] != dims:
         raise ModelError(
             f"{where} has shape {list(tensor.shape)}, its place in parameter {placement.target} "
             f"has {dims}; config.json and the weights do not belong together"
@@ -154,7 +155,7 @@ def _check_fits(tensor: TensorInfo, placement: Placement, parameter: Tensor) -> 
         )
 
 
-def _box(index: tuple[int | slice, ...], shape: Sequence[int]) -> Box:
+def box_of(index: tuple[int | slice, ...], shape: Sequence[int]) -> Box:
     """The region `index` selects from `shape`; asserts that it lies within."""
     assert len(index) <= len(shape), f"{index} has more dimensions than {tuple(shape)}"
     box = []

@@ -8,6 +8,7 @@ into a second buffer. Where dtypes differ, a chunk is cast on the device of its 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from hayate.checkpoint.header import TensorInfo, show
 from hayate.checkpoint.index import Checkpoint
-from hayate.checkpoint.placements import TORCH_DTYPES, Placement, check_placements
+from hayate.checkpoint.placements import TORCH_DTYPES, Placement, box_of, check_placements
 from hayate.errors import ModelError
 
 # Large enough to hide the cost of a Python step and of a copy's start; with 16 threads and two
@@ -45,12 +46,17 @@ class LoadReport(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Bytes [offset, offset + num_bytes) of the tensor's file and the view that they fill."""
+    """`num_bytes` of the tensor's file and the view that they fill.
+
+    They lie in runs of `run` bytes, the first at `offset`, each `step` after the one before.
+    """
 
     tensor: TensorInfo
     offset: int
     num_bytes: int
     destination: Tensor
+    run: int
+    step: int
 
     @property
     def needs_no_cast(self) -> bool:
@@ -89,11 +95,24 @@ def load(
     Host memory beyond the destination is at most 2 * CHUNK_BYTES a thread. Raises ModelError when
     something does not fit (nothing is written then) or a file cannot be read to its end.
     """
+    wanted = check_placements(checkpoint, parameters, placements, ignore)
+    return load_checked(checkpoint, parameters, wanted, threads=threads, progress=progress)
+
+
+def load_checked(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, Tensor],
+    placements: Sequence[Placement],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """`load` of just these placements, which are known to fit: of a share of the checkpoint, only that is read."""
     begin = time.perf_counter()
     chunks = [
         chunk
-        for source, target, index in check_placements(checkpoint, parameters, placements, ignore)
-        for chunk in _cut(checkpoint.tensors[source], parameters[target].detach()[index])
+        for source, target, index, part in placements
+        for chunk in _cut(checkpoint.tensors[source], part, parameters[target].detach()[index])
     ]
     chunks.sort(key=lambda chunk: (chunk.tensor.file, chunk.offset))
     num_bytes = sum(chunk.num_bytes for chunk in chunks)
@@ -238,14 +257,40 @@ class _CudaMover:
         self._stream.synchronize()
 
 
-def _cut(tensor: TensorInfo, destination: Tensor) -> Iterator[_Chunk]:
-    """The chunks of one tensor, each at most CHUNK_BYTES of the file."""
+def _cut(tensor: TensorInfo, part: tuple[slice, ...], destination: Tensor) -> Iterator[_Chunk]:
+    """The chunks of `tensor`[`part`], each at most CHUNK_BYTES of the file."""
     itemsize = TORCH_DTYPES[tensor.dtype].itemsize
-    offset = tensor.begin
-    for piece in _pieces(destination, CHUNK_BYTES // itemsize):
+    limit = CHUNK_BYTES // itemsize
+    offset, run, step = _runs(tensor, part)
+    if run == step:  # without gaps
+        for piece in _pieces(destination, limit):
+            num_bytes = piece.numel() * itemsize
+            yield _Chunk(tensor, tensor.begin + offset, num_bytes, piece, num_bytes, num_bytes)
+            offset += num_bytes
+        return
+    assert run // itemsize <= limit, f"{tensor.name}: a row of {part} is longer than a chunk"
+    limit -= limit % (run // itemsize)  # whole runs
+    for piece in _pieces(destination, limit):
         num_bytes = piece.numel() * itemsize
-        yield _Chunk(tensor, offset, num_bytes, piece)
-        offset += num_bytes
+        yield _Chunk(tensor, tensor.begin + offset, num_bytes, piece, run, step)
+        offset += num_bytes // run * step
+
+
+def _runs(tensor: TensorInfo, part: tuple[slice, ...]) -> tuple[int, int, int]:
+    """Where the first byte of `part` lies in the tensor, how many lie together, and how far apart these runs begin.
+
+    A part of whole rows is one run; then the last two are equal.
+    """
+    itemsize, shape = TORCH_DTYPES[tensor.dtype].itemsize, tensor.shape
+    box = box_of(part, shape)
+    cut = [d for d, size in enumerate(shape) if box[d] != (0, size)]
+    if not cut:
+        return 0, tensor.num_bytes, tensor.num_bytes
+    assert len(cut) == 1, f"{tensor.name}: {part} is cut in several dimensions"
+    (start, stop), inner = box[cut[0]], itemsize * math.prod(shape[cut[0] + 1 :])
+    run = (stop - start) * inner
+    step = shape[cut[0]] * inner if math.prod(shape[: cut[0]]) > 1 else run
+    return start * inner, run, step
 
 
 def _pieces(view: Tensor, limit: int) -> Iterator[Tensor]:
@@ -281,19 +326,27 @@ def _open(file: Path) -> int:
 
 def _read(chunk: _Chunk, fd: int, buffer: memoryview) -> None:
     """Fill `buffer` with the bytes of `chunk`; releases the GIL while reading."""
-    where = f"{chunk.tensor.file}: tensor {show(chunk.tensor.name)}"
+    for i in range(chunk.num_bytes // chunk.run):
+        begin = i * chunk.run
+        _read_run(
+            chunk.tensor, fd, buffer[begin : begin + chunk.run], chunk.offset + i * chunk.step
+        )
+
+
+def _read_run(tensor: TensorInfo, fd: int, buffer: memoryview, offset: int) -> None:
     done = 0
-    while done < chunk.num_bytes:
+    while done < len(buffer):
         try:
-            count = os.preadv(fd, [buffer[done:]], chunk.offset + done)
+            count = os.preadv(fd, [buffer[done:]], offset + done)
         except OSError as error:
             raise ModelError(
-                f"{where}: reading failed ({error.strerror}); check the disk, fetch the file again"
+                f"{tensor.file}: tensor {show(tensor.name)}: reading failed ({error.strerror}); check the disk, "
+                "fetch the file again"
             ) from error
         if count == 0:
             raise ModelError(
-                f"{where}: the file ends at byte {chunk.offset + done}, it was longer when it was "
-                "opened; load again when nothing writes to it"
+                f"{tensor.file}: tensor {show(tensor.name)}: the file ends at byte {offset + done}, it was longer "
+                "when it was opened; load again when nothing writes to it"
             )
         done += count
 

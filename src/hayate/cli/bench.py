@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,9 @@ class Kind(str, Enum):
     speculation = "speculation"
     load = "load"
     kernels = "kernels"
+    train = "train"
+    vision = "vision"
+    serve = "serve"
 
 
 class Rival(str, Enum):
@@ -45,13 +49,14 @@ ENGINE = (  # options of `LLM`; the default is the engine's
     "batch_invariant",
     "speculative",
     "num_draft_tokens",
+    "tensor_parallel",
 )
 # What each measurement takes, with its default; those of ENGINE have none.
 OPTIONS_OF: dict[Kind, dict[str, Any]] = {
     Kind.decode: {
         **dict.fromkeys((*MODEL, *ENGINE, "compare")),
         "prompt_tokens": [128],
-        "new_tokens": 128,
+        "new_tokens": [128],
         "batch": 1,
         "runs": 5,
     },
@@ -64,7 +69,7 @@ OPTIONS_OF: dict[Kind, dict[str, Any]] = {
     Kind.ttft: {
         **dict.fromkeys((*MODEL, *ENGINE)),
         "prompt_tokens": [1000, 8192, 32768],
-        "new_tokens": 64,
+        "new_tokens": [64],
         "runs": 3,
         "cached": False,
     },
@@ -77,11 +82,32 @@ OPTIONS_OF: dict[Kind, dict[str, Any]] = {
     Kind.equality: dict.fromkeys(MODEL),
     Kind.speculation: {
         **dict.fromkeys(("model", "kv_memory", "speculative", "num_draft_tokens")),
-        "new_tokens": 256,
+        "new_tokens": [256],
         "runs": 3,
     },
     Kind.load: {**dict.fromkeys(MODEL), "runs": 5},
     Kind.kernels: {"runs": 5},
+    Kind.train: {
+        **dict.fromkeys((*MODEL, "compare", "config", "tokens_per_micro_batch")),
+        "sequence_length": 1024,
+        "tokens_per_step": 16_384,
+        "runs": 5,
+    },
+    Kind.vision: {
+        **dict.fromkeys((*MODEL, "kv_memory", "max_num_batched_tokens", "project_to")),
+        "image_size": 512,
+        "new_tokens": [128, 512],
+        "runs": 5,
+    },
+    Kind.serve: {
+        **dict.fromkeys((*MODEL, *ENGINE, "url", "api_key", "rate", "concurrency")),
+        **dict.fromkeys(("slo_ttft", "slo_tpot", "plot")),
+        "requests": 256,
+        "input": 1000,
+        "output": 200,
+        "seed": 0,
+        "in_process": False,
+    },
 }
 
 
@@ -105,7 +131,10 @@ def bench(
         typer.Option(metavar="N[,N...]", help="Length of the prompt (128); of several for ttft."),
     ] = None,
     new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens to generate (128, ttft 64).")
+        str | None,
+        typer.Option(
+            metavar="N[,N...]", help="Tokens to generate (128, ttft 64); several for vision."
+        ),
     ] = None,
     requests: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Requests handed in at once (256).")
@@ -116,6 +145,29 @@ def bench(
     output: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Tokens of each answer (200).")
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="A server of OpenAI's protocol that runs.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(metavar="KEY", help="For --url.")] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="No server: what HTTP costs is the difference.")
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option(metavar="R", min=1e-3, help="Requests a second, Poisson.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Clients that wait their turn (16).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Of prompts and arrivals (0).")
+    ] = None,
+    slo_ttft: Annotated[
+        float | None, typer.Option(metavar="MS", min=0, help="Goodput: longest first token.")
+    ] = None,
+    slo_tpot: Annotated[
+        float | None, typer.Option(metavar="MS", min=0, help="Goodput: longest token after it.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it as a PNG.")] = None,
     cached: Annotated[
         bool, typer.Option("--cached", help="Each prompt a second time, from the prefix cache.")
     ] = False,
@@ -128,6 +180,25 @@ def bench(
     compare: Annotated[
         Rival | None, typer.Option(help="Measure this one as well, on the same model.")
     ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of a training sequence (1024).")
+    ] = None,
+    tokens_per_step: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of a training step (16384).")
+    ] = None,
+    tokens_per_micro_batch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of them at once (all).")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Training configuration: optimizer, loss, precision."),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Side of the image in pixels (512).")
+    ] = None,
+    project_to: Annotated[
+        str | None, typer.Option(metavar="CARD", help="Estimate for another card too: rtx4060.")
+    ] = None,
     kv_memory: options.KvMemory = None,
     max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
@@ -136,6 +207,7 @@ def bench(
     batch_invariant: options.BatchInvariant = False,
     speculative: options.Speculative = None,
     num_draft_tokens: options.NumDraftTokens = None,
+    tensor_parallel: options.TensorParallel = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -143,21 +215,37 @@ def bench(
 
     decode, prefill: batches of one shape. ttft: the first token of one prompt. throughput: many requests at once.
     equality: whether a request's tokens depend on what happens around it. speculation: with drafts and without.
-    load, kernels: as they say.
+    train: whole training steps on random tokens. vision: describing an image, stage by stage. serve: a server under
+    load, by --rate or --concurrency. load, kernels: as they say.
     """
     given = options.given(
         {
             "model": model,
             "preset": preset,
-            "prompt_tokens": prompt_tokens and _lengths(prompt_tokens),
-            "new_tokens": new_tokens,
+            "prompt_tokens": _lengths(prompt_tokens, "--prompt-tokens"),
+            "new_tokens": _lengths(new_tokens, "--new-tokens"),
+            "image_size": image_size,
+            "project_to": project_to,
             "requests": requests,
             "input": input,
             "output": output,
+            "url": url,
+            "api_key": api_key,
+            "in_process": in_process or None,
+            "rate": rate,
+            "concurrency": concurrency,
+            "seed": seed,
+            "slo_ttft": slo_ttft,
+            "slo_tpot": slo_tpot,
+            "plot": plot,
             "cached": cached or None,
             "batch": batch,
             "runs": runs,
             "compare": compare.value if compare else None,
+            "sequence_length": sequence_length,
+            "tokens_per_step": tokens_per_step,
+            "tokens_per_micro_batch": tokens_per_micro_batch,
+            "config": config,
             "kv_memory": kv_memory,
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
@@ -166,16 +254,18 @@ def bench(
             "batch_invariant": batch_invariant or None,
             "speculative": speculative,
             "num_draft_tokens": num_draft_tokens,
+            "tensor_parallel": tensor_parallel,
         }
     )
     _check(kind, given, random_weights)
     chosen = {**OPTIONS_OF[kind], **given}
-    if kind in (Kind.decode, Kind.prefill):
-        if len(chosen["prompt_tokens"]) > 1:
-            raise UsageError(
-                f"--prompt-tokens {prompt_tokens}: `bench {kind.value}` takes one length"
-            )
-        chosen["prompt_tokens"] = chosen["prompt_tokens"][0]
+    for name, takes_several in (("prompt_tokens", Kind.ttft), ("new_tokens", Kind.vision)):
+        if name in chosen and kind is not takes_several:
+            if len(chosen[name]) > 1:
+                option = "--" + name.replace("_", "-")
+                text = ",".join(map(str, chosen[name]))
+                raise UsageError(f"{option} {text}: `bench {kind.value}` takes one length")
+            chosen[name] = chosen[name][0]
     run = import_module(f"hayate.bench.{kind.value}").run
     result = run(
         **{name: value for name, value in chosen.items() if name not in ENGINE},
@@ -188,20 +278,22 @@ def bench(
     )
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
+    if result.get("interrupted"):
+        raise KeyboardInterrupt
     if not result.get("holds", True):
         raise typer.Exit(1)
 
 
-def _lengths(text: str) -> list[int]:
+def _lengths(text: str | None, option: str) -> list[int] | None:
     """'1000,8192' -> [1000, 8192]."""
+    if text is None:
+        return None
     try:
         lengths = [int(part) for part in text.split(",")]
     except ValueError:
         lengths = [0]
     if min(lengths) < 1:
-        raise UsageError(
-            f"--prompt-tokens {text!r} must be a number of tokens, or several with commas"
-        )
+        raise UsageError(f"{option} {text!r} must be a number of tokens, or several with commas")
     return lengths
 
 
@@ -211,7 +303,8 @@ def _check(kind: Kind, given: dict[str, Any], random_weights: bool) -> None:
         option = "--" + sorted(ignored)[0].replace("_", "-")
         option = "--no-prefix-cache" if option == "--prefix-cache" else option
         raise UsageError(f"{option} means nothing to `bench {kind.value}`; leave it out")
-    if "model" in OPTIONS_OF[kind] and ("model" in given) == ("preset" in given):
+    needs_model = "url" not in given  # behind which there is one
+    if needs_model and "model" in OPTIONS_OF[kind] and ("model" in given) == ("preset" in given):
         raise UsageError("say what to measure: either --model DIR|NAME or --preset NAME")
     if ("preset" in given) != random_weights:
         raise UsageError("--preset NAME and --random-weights go together: a preset has no weights")

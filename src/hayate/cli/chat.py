@@ -40,6 +40,7 @@ def chat(
     batch_invariant: options.BatchInvariant = False,
     speculative: options.Speculative = None,
     num_draft_tokens: options.NumDraftTokens = None,
+    tensor_parallel: options.TensorParallel = None,
     verbose: options.Verbose = False,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -94,6 +95,7 @@ def chat(
         batch_invariant=batch_invariant,
         speculative=speculative,
         num_draft_tokens=num_draft_tokens,
+        tensor_parallel=tensor_parallel,
     )
     Conversation(llm, params, system, show_rate=verbose).run(_lines())
 

@@ -60,6 +60,7 @@ def generate(
     batch_invariant: options.BatchInvariant = False,
     speculative: options.Speculative = None,
     num_draft_tokens: options.NumDraftTokens = None,
+    tensor_parallel: options.TensorParallel = None,
     verbose: options.Verbose = False,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -125,6 +126,7 @@ def generate(
         batch_invariant=batch_invariant,
         speculative=speculative,
         num_draft_tokens=num_draft_tokens,
+        tensor_parallel=tensor_parallel,
     )
     query: Query = _messages(text, system) if chat else text
     if stream and samples == 1 and not as_json:

@@ -31,13 +31,11 @@ def inspect(
     """Show architecture, parameters, dtypes, files, and which context fits on which device."""
     parse_dtype(dtype)
     from hayate.checkpoint.hub import resolve_model
-    from hayate.checkpoint.index import Checkpoint
     from hayate.cli.devices import list_devices
-    from hayate.models import load_config
+    from hayate.runtime.loading import open_checkpoint
 
-    folder = resolve_model(model, revision)
-    config = load_config(folder)
-    report = describe(config, Checkpoint.open(folder))
+    config, checkpoint = open_checkpoint(resolve_model(model, revision))
+    report = describe(config, checkpoint)
     report["devices"] = [fit(config, device, dtype) for device in list_devices()]
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
@@ -47,6 +45,8 @@ def inspect(
 
 def describe(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """The facts of config and checkpoint. Sizes in bytes, KV cache in the checkpoint's dtype."""
+    from hayate.models.quantization import describe_nf4
+
     tensors = checkpoint.tensors.values()
     bytes_of: Counter[str] = Counter()
     for tensor in tensors:
@@ -67,6 +67,7 @@ def describe(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.num_bytes,
         "bytes_by_dtype": dict(bytes_of),
+        "nf4": describe_nf4(checkpoint),
         "kv_bytes_per_token": config.kv_bytes_per_token(DTYPE_BYTES[config.dtype]),
     }
 
@@ -119,6 +120,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("context", f"{r['max_position_embeddings']:,} tokens"),
         ("parameters", parameters),
         ("weights", f"{dtypes} in {r['tensors']:,} tensors, {_count(r['files'])}"),
+        *([("format", _format(r["nf4"]))] if r["nf4"] else []),
         ("KV cache", f"{format_bytes(r['kv_bytes_per_token'])} a token"),
     ]
     return rows + [(device["device"], _fit_text(device)) for device in r["devices"]]
@@ -126,6 +128,11 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _count(files: list[str]) -> str:
     return files[0] if len(files) == 1 else f"{len(files)} shards"
+
+
+def _format(nf4: dict[str, Any]) -> str:
+    double = " quantised again" if nf4["double_quantised"] else ""
+    return f"NF4: {nf4['matrices']:,} matrices with 4 bits a value, a scale{double} for every {nf4['block_size']}"
 
 
 def _fit_text(device: dict[str, Any]) -> str:

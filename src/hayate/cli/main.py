@@ -12,7 +12,21 @@ from typing import Annotated, Any
 import typer
 
 from hayate import __version__
-from hayate.cli import bench, chat, data, env, generate, inspect, pull, train
+from hayate.cli import (
+    analyze,
+    bench,
+    chat,
+    data,
+    env,
+    generate,
+    inspect,
+    perplexity,
+    pull,
+    quantize,
+    serve,
+    train,
+    upcycle,
+)
 from hayate.errors import HayateError
 
 INTERRUPTED = 130
@@ -121,11 +135,16 @@ def _options(
 
 app.command("generate")(_verb(generate.generate))
 app.command("chat")(_verb(chat.chat))
+app.command("analyze")(_verb(analyze.analyze))
+app.command("serve")(_verb(serve.serve))
 app.command("inspect")(_verb(inspect.inspect))
 app.command("pull")(_verb(pull.pull))
+app.command("quantize")(_verb(quantize.quantize))
 app.command("env")(_verb(env.env))
 app.command("bench")(_verb(bench.bench))
 app.command("train", context_settings={"ignore_unknown_options": True})(_verb(train.train))
+app.command("upcycle")(_verb(upcycle.upcycle))
+app.command("perplexity")(_verb(perplexity.perplexity))
 app.command("plot")(_verb(train.plot))
 
 _data = typer.Typer(help="Prepare text for training.", no_args_is_help=True)

@@ -57,6 +57,10 @@ Speculative = Annotated[
 NumDraftTokens = Annotated[
     int | None, typer.Option(help="Tokens guessed and verified at once.", metavar="N", min=1)
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(help="GPUs that share the model, from the device on.", metavar="N", min=1),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the plan; tracebacks on errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

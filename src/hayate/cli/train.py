@@ -47,6 +47,7 @@ def train(
 
     Every field of the configuration is an option too: --optimizer.lr 3e-4 --batch.sequence_length 2048.
     Ctrl-C ends the run after the step at hand, with a checkpoint; --resume goes on from there.
+    On several GPUs: torchrun --nproc-per-node 8 -m hayate train ...
     """
     config, overrides = _split(arguments or [])
     if preset is not None:
@@ -61,12 +62,17 @@ def train(
     if dry_run:
         _print_plan(run_config, as_json)
         return
-    from hayate.runtime.device import resolve_device
     from hayate.training.loop import Trainer
+    from hayate.training.parallel import World
 
-    with _reporter(run_config.schedule.num_steps, as_json) as report:
-        trainer = Trainer(run_config, device=resolve_device(device), resume=resume, report=report)
+    with (
+        World.from_environment(device) as world,
+        _reporter(run_config.schedule.num_steps, as_json) as report,
+    ):
+        trainer = Trainer(run_config, world=world, resume=resume, report=report)
         reason = trainer.train()
+    if not world.is_first:
+        raise typer.Exit(0 if reason == "finished" else 130)
     newest = f"step-{trainer.progress.step:08d}"
     text = f"{reason} at step {trainer.progress.step}; checkpoint in {trainer.run / newest}"
     typer.echo(text, err=as_json)

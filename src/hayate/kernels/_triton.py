@@ -185,6 +185,10 @@ def register_compile(
 ) -> None:
     """List a specialisation of `kernel` that must compile for every architecture it can run on.
 
+    Each costs about a second: list one for every path through the kernel and every choice of tiles, not for
+    every model, and first the one that says most about an architecture (`compile_kernels.covering_jobs` compiles
+    the first for all of them, the others for one each).
+
     Args:
         name: unique, like "gemv_4096x4096_rmsnorm".
         signature: type of every argument that is not a constexpr, in Triton's spelling ("*bf16",

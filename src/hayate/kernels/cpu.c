@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cpu_nf4.h"
 #include "cpu_vectors.h"
 
 enum {
@@ -77,6 +78,8 @@ typedef struct {
   int64_t num_tokens, width, num_columns;  // T, D and the columns of the result (F for silu_and_mul)
   int64_t activation, bf16, bias_bf16, residual_bf16, num_threads;
   int64_t invariant;  // a token's sums are taken in one order, whether it comes alone or with others
+  const void *scales;  // of a weight in NF4, with the columns of one; otherwise null
+  int64_t block;
   Norm norm;
 } LinearArguments;
 
@@ -165,23 +168,33 @@ static void finish_tile(const LinearArguments *a, int64_t token, int64_t column,
   }
 }
 
+// x . weight[row] for n <= TILE rows, whatever the form of the weight.
+static void products(const LinearArguments *a, const float *x, int64_t x_stride, int64_t row, int64_t n,
+                     float (*out)[TILE]) {
+  if (a->scales) {
+    const NF4Matrix weight = {a->weight, a->scales, (a->width + NF4_GROUP - 1) / NF4_GROUP, a->block};
+    hayate_nf4_dot(x, &weight, row, n, *out, TILE, a->num_tokens);
+    return;
+  }
+  const char *rows = (const char *)a->weight + row * a->width * (a->bf16 ? 2 : 4);
+  const int64_t pairs = a->num_tokens > 1 || a->invariant;
+  (a->bf16 ? dot_tile_bf16 : dot_tile_fp32)(x, x_stride, rows, a->width, n, out, a->num_tokens, pairs);
+}
+
 static void linear_columns(const LinearArguments *a, const float *x, int64_t x_stride, int64_t begin,
                            int64_t end) {
-  const int64_t row_bytes = a->width * (a->bf16 ? 2 : 4), pairs = a->num_tokens > 1 || a->invariant;
   float tile[MAX_TOKENS][TILE] = {0}, up[MAX_TOKENS][TILE] = {0};
   for (int64_t c = begin; c < end; c += TILE) {
     const int64_t n = end - c < TILE ? end - c : TILE;
-    const char *rows = (const char *)a->weight + c * row_bytes, *up_rows = rows + a->num_columns * row_bytes;
-    (a->bf16 ? dot_tile_bf16 : dot_tile_fp32)(x, x_stride, rows, a->width, n, tile, a->num_tokens, pairs);
-    if (a->activation == ACT_SILU_AND_MUL)
-      (a->bf16 ? dot_tile_bf16 : dot_tile_fp32)(x, x_stride, up_rows, a->width, n, up, a->num_tokens, pairs);
+    products(a, x, x_stride, c, n, tile);
+    if (a->activation == ACT_SILU_AND_MUL) products(a, x, x_stride, a->num_columns + c, n, up);
     for (int64_t t = 0; t < a->num_tokens; t++) finish_tile(a, t, c, n, tile[t], up[t]);
   }
 }
 
 // residual + act(norm(x) weight^T + bias): x (T, D), weight (N, D), T <= MAX_TOKENS, everything contiguous.
 static int64_t run_linear(const LinearArguments *a) {
-  const int64_t stride = (a->width + W - 1) / W * W;
+  const int64_t whole = a->scales ? NF4_GROUP : W, stride = (a->width + whole - 1) / whole * whole;
   const int64_t padded = a->num_tokens <= 2 ? 2 : a->num_tokens <= 4 ? 4 : MAX_TOKENS;
   float *x = calloc(stride * padded, sizeof(float));
   for (int64_t t = 0; t < a->num_tokens; t++) {
@@ -190,6 +203,12 @@ static int64_t run_linear(const LinearArguments *a) {
       memcpy(x + t * stride + d, &v, sizeof v);
     }
     if (a->norm.kind != NORM_NONE) normalise(&a->norm, x + t * stride, a->width);
+  }
+  if (a->scales) {
+    float *arranged = aligned_alloc(CACHE_LINE, stride * padded * sizeof(float));
+    hayate_nf4_arrange(x, stride, a->num_tokens, arranged);
+    free(x);
+    x = arranged;
   }
   const int64_t blocks = (a->num_columns + 15) / 16;  // a thread's span starts at a multiple of 16 columns
   int64_t threads = a->num_columns * a->width < 32768 ? 1 : a->num_threads;
@@ -359,7 +378,7 @@ static int64_t run_embedding(const EmbeddingArguments *a) {
 
 // ---- entry --------------------------------------------------------------------------------------------------
 
-enum { LINEAR, ROPE_AND_CACHE, ATTENTION, ARGMAX, EMBEDDING };
+enum { LINEAR, ROPE_AND_CACHE, ATTENTION, ARGMAX, EMBEDDING, NF4_DEQUANTIZE };
 
 int64_t hayate_attention(const void *arguments);  // of cpu_attention.c
 extern const int64_t hayate_attention_size;
@@ -382,6 +401,7 @@ int64_t hayate_run(const char *calls, int64_t length) {
         break;
       CASE(ARGMAX, ArgmaxArguments, run_argmax)
       CASE(EMBEDDING, EmbeddingArguments, run_embedding)
+      CASE(NF4_DEQUANTIZE, NF4DequantizeArguments, hayate_nf4_dequantize)
 #undef CASE
       default: return 2;
     }

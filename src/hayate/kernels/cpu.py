@@ -15,7 +15,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hayate.kernels._dispatch import is_batch_invariant
 from hayate.kernels.cpu_library import library, native_status
+from hayate.kernels.nf4_weight import NF4Weight
 
 if TYPE_CHECKING:
     from hayate.kernels.norm import Norm
@@ -39,11 +40,14 @@ __all__ = [
     "linear",
     "linear_fits",
     "native_status",
+    "nf4_dequantize",
+    "nf4_dequantize_fits",
     "rope_and_cache",
     "rope_and_cache_fits",
 ]
 
 _MAX_LINEAR_TOKENS = 8  # MAX_TOKENS of cpu.c
+_MAX_NF4_TOKENS = 64  # by calls of 8
 _MAX_INPUT = 16384  # elements of x
 _MAX_QUERIES = 8  # a sequence; longer ones are a matrix product
 _MAX_HEAD_DIM = 256  # of cpu_attention.c
@@ -58,12 +62,15 @@ _ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2, "silu_and_mul": 3}
 
 # One letter a field, in the order of the structs of cpu.c, the operation's number first; a norm is
 # "5qd", strides are in elements.
-_LINEAR = struct.Struct("=q 5q3q6q 5qd")
+_LINEAR = struct.Struct("=q 5q3q6q2q 5qd")
 _ROPE = struct.Struct("=q 7q6q4q4q2qd 5qd 5qd")
 _ATTENTION = struct.Struct("=q 7q5q6qq3qd")
 _ARGMAX = struct.Struct("=q 2q3q")
 _EMBEDDING = struct.Struct("=q 3q4q")
-_LINEAR_CALL, _ROPE_CALL, _ATTENTION_CALL, _ARGMAX_CALL, _EMBEDDING_CALL = range(5)
+_NF4_DEQUANTIZE = struct.Struct("=q 3q5q")
+_LINEAR_CALL, _ROPE_CALL, _ATTENTION_CALL, _ARGMAX_CALL, _EMBEDDING_CALL, _NF4_DEQUANTIZE_CALL = (
+    range(6)
+)
 _BAD_INDEX = "a token id, slot, position or page is out of its range"
 _NO_NORM: tuple[int | float, ...] = (0, 0, 0, 0, 0, 0.0)
 
@@ -112,40 +119,56 @@ def _run(call: bytes, *tensors: Tensor | None) -> None:
 # ---- linear -------------------------------------------------------------------------------------
 
 
-def linear_fits(x: Tensor, weight: Tensor) -> bool:
-    """x (T, D), weight (N, D) on the CPU, contiguous, both bf16 or both fp32, no gradient; few T.
+def linear_fits(
+    x: Tensor, weight: Tensor | NF4Weight, norm: Norm | None = None, activation: str | None = None
+) -> bool:
+    """x (T, D), weight (N, D) on the CPU, contiguous, both bf16 or both fp32, or the weight in NF4, no
+    gradient; few T; a norm and an activation that decoders have.
 
     Up to 4 tokens; up to 8 while x stays in the first cache. Beyond, matrix units are faster, but
-    their sums depend on the number of tokens: with `batch_invariant` any number fits.
+    their sums depend on the number of tokens: with `batch_invariant` any number fits. With NF4, up
+    to 64: before a matrix product the weight would have to be decoded and written.
     """
     if x.dim() != 2:
         return False
     num_tokens, width = x.shape
-    few = num_tokens <= 4 or num_tokens <= min(_MAX_LINEAR_TOKENS, _MAX_INPUT // width)
+    if isinstance(weight, NF4Weight):
+        few, covered = num_tokens <= _MAX_NF4_TOKENS, _nf4_covered(weight)
+    else:
+        few = num_tokens <= 4 or num_tokens <= min(_MAX_LINEAR_TOKENS, _MAX_INPUT // width)
+        covered = (
+            weight.dtype is x.dtype
+            and weight.is_cpu
+            and weight.is_contiguous()
+            and not (weight.requires_grad and torch.is_grad_enabled())
+        )
     return (
         num_tokens > 0
         and (few or is_batch_invariant())
-        and weight.dtype is x.dtype
-        and weight.is_cpu
-        and weight.is_contiguous()
+        and covered
+        and activation in _ACTIVATIONS
+        and (norm is None or norm.kind in _NORM_KINDS)
         and _plain(x)
-        and not (weight.requires_grad and torch.is_grad_enabled())
         and library() is not None
     )
 
 
+def _nf4_covered(weight: NF4Weight) -> bool:
+    return weight.codes.is_cpu and weight.codes.is_contiguous() and weight.scales.is_contiguous()
+
+
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     bias: Tensor | None = None,
     *,
     norm: Norm | None = None,
-    activation: Literal["relu2", "silu_and_mul", "silu"] | None = None,
+    activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """residual + act(norm(x) @ weight.T + bias), as `kernels.linear.linear`, where `linear_fits`.
 
-    The normalised x stays in fp32, so there is exactly one rounding.
+    The normalised x stays in fp32, and so do weights in NF4: there is exactly one rounding.
     """
     num_tokens, width = x.shape
     if num_tokens > _MAX_LINEAR_TOKENS:
@@ -163,8 +186,11 @@ def linear(
     rows, weight_width = weight.shape
     columns = rows // 2 if activation == "silu_and_mul" else rows
     assert weight_width == width
-    bias_at = residual_at = bias_is_half = residual_is_half = 0
-    norm_fields = _NO_NORM
+    bias_at = residual_at = bias_is_half = residual_is_half = scales_at = block = 0
+    scales, norm_fields = None, _NO_NORM
+    if isinstance(weight, NF4Weight):
+        weight, scales, block, _ = weight
+        scales_at = scales.data_ptr()
     if norm is not None:
         norm = _with_small_parameters(norm)
         norm_fields = _norm_fields(norm)
@@ -194,9 +220,11 @@ def linear(
         residual_is_half,
         torch.get_num_threads(),
         is_batch_invariant(),
+        scales_at,
+        block,
         *norm_fields,
     )
-    _run(call, x, weight, bias, residual, out, *(norm or ())[1:3])
+    _run(call, x, weight, scales, bias, residual, out, *(norm or ())[1:3])
     return out
 
 
@@ -421,6 +449,34 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
         token_ids.dtype is torch.int64,
     )
     _run(call, token_ids, weight, out)
+    return out
+
+
+# ---- nf4 ----------------------------------------------------------------------------------------
+
+
+def nf4_dequantize_fits(weight: NF4Weight, dtype: torch.dtype) -> bool:
+    """A weight on the CPU, contiguous, to bf16 or fp32."""
+    return dtype in _FLOATS and _nf4_covered(weight) and library() is not None
+
+
+def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """As `kernels.nf4.nf4_dequantize`, where `nf4_dequantize_fits`."""
+    codes, scales, block, _ = weight
+    num_rows, width = weight.shape
+    out = torch.empty(num_rows, width, dtype=dtype)
+    call = _NF4_DEQUANTIZE.pack(
+        _NF4_DEQUANTIZE_CALL,
+        codes.data_ptr(),
+        scales.data_ptr(),
+        out.data_ptr(),
+        num_rows,
+        width,
+        block,
+        dtype is _HALF,
+        torch.get_num_threads(),
+    )
+    _run(call, codes, scales, out)
     return out
 
 

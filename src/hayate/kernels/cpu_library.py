@@ -23,8 +23,10 @@ from typing import NamedTuple
 import torch  # noqa: F401  (its OpenMP runtime must be in the process first, to be shared)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "cpu.c", _FOLDER / "cpu_attention.c")
-_HEADER = _FOLDER / "cpu_vectors.h"
+_SOURCES = tuple(
+    _FOLDER / name for name in ("cpu.c", "cpu_attention.c", "cpu_nf4.c", "cpu_training.c")
+)
+_HEADERS = (_FOLDER / "cpu_nf4.h", _FOLDER / "cpu_vectors.h")
 _FLAGS = ("-O2", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
 
 
@@ -57,7 +59,7 @@ def _library_path(compiler: str) -> Path:
     real = os.path.realpath(compiler)
     status = os.stat(real)
     parts = (*_FLAGS, platform.machine(), _cpu_name(), real, status.st_size, status.st_mtime_ns)
-    key = hashlib.sha256(b"\0".join(file.read_bytes() for file in (*_SOURCES, _HEADER)))
+    key = hashlib.sha256(b"\0".join(file.read_bytes() for file in (*_SOURCES, *_HEADERS)))
     key.update("\0".join(map(str, parts)).encode())
     return folder / "native" / f"{key.hexdigest()[:24]}.so"
 

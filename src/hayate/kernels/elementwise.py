@@ -3,6 +3,7 @@
 silu(x) = x * sigmoid(x)                                      (arXiv 1702.03118)
 silu_and_mul([gate, up]) = silu(gate) * up, SwiGLU's product  (arXiv 2002.05202)
 relu2(x) = max(x, 0)^2                                        (arXiv 2109.08668)
+gelu_tanh(x) = x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 (arXiv 1606.08415), also called gelu_new
 add, mul of two tensors of one shape; scale by a number.
 """
 
@@ -25,6 +26,8 @@ from hayate.kernels._triton import (
 __all__ = [
     "add",
     "add_reference",
+    "gelu_tanh",
+    "gelu_tanh_reference",
     "mul",
     "mul_reference",
     "relu2",
@@ -57,6 +60,11 @@ def relu2_reference(x: Tensor) -> Tensor:
     return x.float().relu().square().to(x.dtype)
 
 
+def gelu_tanh_reference(x: Tensor) -> Tensor:
+    """`gelu_tanh` in PyTorch."""
+    return torch.nn.functional.gelu(x.float(), approximate="tanh").to(x.dtype)
+
+
 def add_reference(x: Tensor, y: Tensor) -> Tensor:
     """`add` in PyTorch."""
     return (x.float() + y.float()).to(x.dtype)
@@ -74,9 +82,12 @@ def scale_reference(x: Tensor, factor: float) -> Tensor:
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """silu or relu2 of an fp32 tile, or the tile itself for None; also in `linear`'s kernels."""
+    """silu, relu2 or gelu_tanh of an fp32 tile, or the tile itself for None; also in `linear`'s kernels."""
     if ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2 u); 1.5957... = 2 sqrt(2 / pi)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "relu2":
         x = tl.maximum(x, 0.0)
         x = x * x
@@ -129,7 +140,7 @@ def _silu_and_mul_kernel(
     tl.store(out_ptr + row * F + f, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-for _op in ("silu", "relu2", "scale"):
+for _op in ("silu", "relu2", "gelu_tanh", "scale"):
     register_compile(
         _unary_kernel,
         _op,
@@ -204,6 +215,11 @@ def silu(x: Tensor) -> Tensor:
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2; any shape and float dtype, a new tensor of the same."""
     return _unary(x, "relu2") if implementation_for(x) == "triton" else relu2_reference(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2; any shape and float dtype, a new tensor of the same."""
+    return _unary(x, "gelu_tanh") if implementation_for(x) == "triton" else gelu_tanh_reference(x)
 
 
 def scale(x: Tensor, factor: float) -> Tensor:

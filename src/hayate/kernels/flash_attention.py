@@ -384,10 +384,8 @@ def flash_attention(
 for _width, _heads, _kv_heads, _page_size, _window in (
     (64, 9, 3, 64, False),
     (80, 32, 32, 64, False),
-    (96, 32, 32, 64, False),
     (128, 32, 8, 64, False),
-    (128, 32, 8, 128, False),
-    (128, 32, 8, 64, True),
+    (128, 32, 8, 128, True),
     (128, 32, 8, 0, False),
     (256, 16, 2, 64, False),
 ):

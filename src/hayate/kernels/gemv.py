@@ -299,8 +299,9 @@ def launch_gemv(
     assert rows == 1
     assert weight.is_contiguous()
     gated = activation == "silu_and_mul"
-    if gated and norm is not None and norm.kind == "layernorm1p":
-        x, norm = apply_norm(x, norm), None  # no model has it; the kernel would need twice the sums
+    if norm is not None and (norm.kind == "layernorm" or (gated and norm.kind == "layernorm1p")):
+        # No model has them for one row; the second would need twice the sums.
+        x, norm = apply_norm(x, norm), None
     n_out = n // 2 if gated else n
     config = config or gemv_config(n, k, gated)
     out = torch.empty(1, n_out, dtype=x.dtype, device=x.device)

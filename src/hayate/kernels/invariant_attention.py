@@ -46,8 +46,8 @@ def _tiles(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, *, fe
     """
     if dtype == torch.float32:
         return Tiles(32, 32, 4, 1)
-    if capability != (9, 0):
-        return Tiles(32 if head_dim > 128 else 64, 32, 8, 2)
+    if capability != (9, 0):  # 64 rows of more than 64 channels spill on 8.9
+        return Tiles(32 if head_dim > 64 else 64, 32, 8, 2)
     if head_dim > 128:
         return Tiles(64, 32, 8, 2)
     return Tiles(64, 64, 4, 3) if few else Tiles(128, 64, 8, 3)
@@ -311,7 +311,11 @@ for _width, _heads, _kv_heads, _window in (
     (256, 16, 2, False),
 ):
     for _few in (True, False):
-        for _capability, _min_cc, _max_cc in (((9, 0), 90, 90), ((8, 0), 80, 999)):
+        for _capability, _min_cc, _max_cc in (
+            ((9, 0), 90, 90),
+            ((8, 0), 80, 89),
+            ((10, 0), 100, 999),
+        ):
             _tile = _tiles(_capability, _width, torch.bfloat16, few=_few)
             register_compile(
                 _invariant_attention_kernel,

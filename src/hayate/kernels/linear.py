@@ -32,10 +32,11 @@ from hayate.kernels.small_gemm import launch_small_gemm
 
 __all__ = ["Activation", "gemm", "gemm_batched", "gemv", "linear", "linear_reference"]
 
-Activation = Literal["relu2", "silu_and_mul", "silu"]
+Activation = Literal["relu2", "gelu_tanh", "silu_and_mul", "silu"]
 
 _ACTIVATIONS = {
     "relu2": (elementwise.relu2, elementwise.relu2_reference),
+    "gelu_tanh": (elementwise.gelu_tanh, elementwise.gelu_tanh_reference),
     "silu": (elementwise.silu, elementwise.silu_reference),
     "silu_and_mul": (elementwise.silu_and_mul, elementwise.silu_and_mul_reference),
 }
@@ -116,7 +117,7 @@ def linear(
             the rows of the gate first, then those of `up`.
         bias: (N,).
         norm: taken of the rows of x first.
-        activation: relu2(y) = max(y, 0)^2; silu(y) = y * sigmoid(y);
+        activation: relu2(y) = max(y, 0)^2; silu(y) = y * sigmoid(y); gelu_tanh as in `elementwise`;
             silu_and_mul([gate, up]) = silu(gate) * up.
         residual: (T, N), or (T, F) with `silu_and_mul`; not changed, unless the next is true.
         overwrite_residual: the result may take the memory of `residual`, which then holds it: saves
@@ -134,7 +135,7 @@ def linear(
     implementation = implementation_for(x)
     if implementation == "triton" and not (weight.requires_grad and torch.is_grad_enabled()):
         return _linear_triton(x, weight, bias, norm, activation, residual, overwrite_residual)
-    if implementation == "native" and cpu.linear_fits(x, weight):
+    if implementation == "native" and cpu.linear_fits(x, weight, norm, activation):
         return cpu.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
     return linear_reference(x, weight, bias, norm=norm, activation=activation, residual=residual)
 

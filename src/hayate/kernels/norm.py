@@ -1,8 +1,9 @@
 """Normalisation over the last axis.
 
 rmsnorm:      y = x / sqrt(mean(x^2) + eps) * weight                    (arXiv 1910.07467)
-layernorm1p:  y = (x - mean) / sqrt(var + eps) * (1 + weight) + bias    (arXiv 1607.06450)
-              Nemotron's form: the stored weight is the deviation from one; population variance.
+layernorm:    y = (x - mean) / sqrt(var + eps) * weight + bias          (arXiv 1607.06450)
+layernorm1p:  y = (x - mean) / sqrt(var + eps) * (1 + weight) + bias
+              Nemotron's form: the stored weight is the deviation from one; population variance in both.
 
 All of it in fp32, one rounding at the end.
 """
@@ -28,10 +29,13 @@ from hayate.kernels._triton import (
 
 __all__ = [
     "Norm",
+    "NormKind",
     "apply_norm",
     "apply_norm_reference",
+    "layernorm",
     "layernorm1p",
     "layernorm1p_reference",
+    "layernorm_reference",
     "rmsnorm",
     "rmsnorm_reference",
     "rmsnorm_residual",
@@ -42,12 +46,15 @@ __all__ = [
 MAX_WIDTH = 65536
 
 
+NormKind = Literal["rmsnorm", "layernorm", "layernorm1p"]
+
+
 class Norm(NamedTuple):
     """A normalisation and its parameters, as `linear` and `apply_norm` take it."""
 
-    kind: Literal["rmsnorm", "layernorm1p"]
+    kind: NormKind
     weight: Tensor  # (D,)
-    bias: Tensor | None  # (D,), only for layernorm1p
+    bias: Tensor | None  # (D,), None for rmsnorm
     eps: float
 
 
@@ -69,10 +76,15 @@ def rmsnorm_residual_reference(
 
 def layernorm1p_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """`layernorm1p` in PyTorch."""
+    return layernorm_reference(x, 1 + weight.float(), bias, eps)
+
+
+def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`layernorm` in PyTorch."""
     x32 = x.float()
     centred = x32 - x32.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    y = centred * scale * (1 + weight.float())
+    y = centred * scale * weight.float()
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
@@ -82,7 +94,8 @@ def apply_norm_reference(x: Tensor, norm: Norm) -> Tensor:
     """`apply_norm` in PyTorch."""
     if norm.kind == "rmsnorm":
         return rmsnorm_reference(x, norm.weight, norm.eps)
-    return layernorm1p_reference(x, norm.weight, norm.bias, norm.eps)
+    layer = layernorm_reference if norm.kind == "layernorm" else layernorm1p_reference
+    return layer(x, norm.weight, norm.bias, norm.eps)
 
 
 @triton.jit
@@ -90,7 +103,7 @@ def _norm_kernel(
     x_ptr,
     residual_ptr,  # None, or added to x first
     weight_ptr,
-    bias_ptr,  # None, or of layernorm1p
+    bias_ptr,  # None, or of a layernorm
     out_ptr,
     total_ptr,  # None, or where x + residual goes
     x_stride,
@@ -112,8 +125,9 @@ def _norm_kernel(
         residual = tl.load(residual_ptr + row * residual_stride + d, mask=inside, other=0.0)
         x += residual.to(tl.float32)
         tl.store(total_ptr + row * D + d, x.to(total_ptr.dtype.element_ty), mask=inside)
-    if KIND == "layernorm1p":
+    if KIND != "rmsnorm":
         x = tl.where(inside, x - tl.sum(x, axis=0) / D, 0.0)
+    if KIND == "layernorm1p":
         weight += 1.0
     y = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * weight
     if bias_ptr is not None:
@@ -124,6 +138,7 @@ def _norm_kernel(
 for _kind, _pointers, _nones in [
     ("rmsnorm", ("x", "weight", "out"), ("residual", "bias", "total")),
     ("rmsnorm_residual", ("x", "residual", "weight", "out", "total"), ("bias",)),
+    ("layernorm", ("x", "weight", "bias", "out"), ("residual", "total")),
     ("layernorm1p", ("x", "weight", "bias", "out"), ("residual", "total")),
 ]:
     register_compile(
@@ -233,26 +248,34 @@ def rmsnorm_residual(
     return rmsnorm_residual_reference(x, residual, weight, eps)
 
 
-def layernorm1p(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * (1 + weight) + bias over the last axis.
+def layernorm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis.
 
     Args:
         x: (..., D), any float dtype.
-        weight: (D,), the deviation from one.
+        weight: (D,).
         bias: (D,) or None.
 
     Returns a new (..., D) tensor of x's dtype.
     """
-    _check_vector("weight", weight, x)
-    if bias is not None:
-        _check_vector("bias", bias, x)
-    if implementation_for(x) == "triton":
-        return _launch_norm(x, None, weight, bias, eps, "layernorm1p")[0]
-    return layernorm1p_reference(x, weight, bias, eps)
+    return apply_norm(x, Norm("layernorm", weight, bias, eps))
+
+
+def layernorm1p(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * (1 + weight) + bias over the last axis.
+
+    Args: as of `layernorm`, but `weight` is the deviation from one.
+    """
+    return apply_norm(x, Norm("layernorm1p", weight, bias, eps))
 
 
 def apply_norm(x: Tensor, norm: Norm) -> Tensor:
-    """`rmsnorm` or `layernorm1p` of `x` (..., D), as `norm` says."""
+    """`rmsnorm`, `layernorm` or `layernorm1p` of `x` (..., D), as `norm` says."""
     if norm.kind == "rmsnorm":
         return rmsnorm(x, norm.weight, norm.eps)
-    return layernorm1p(x, norm.weight, norm.bias, norm.eps)
+    _check_vector("weight", norm.weight, x)
+    if norm.bias is not None:
+        _check_vector("bias", norm.bias, x)
+    if implementation_for(x) == "triton":
+        return _launch_norm(x, None, norm.weight, norm.bias, norm.eps, norm.kind)[0]
+    return apply_norm_reference(x, norm)

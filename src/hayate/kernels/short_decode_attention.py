@@ -410,7 +410,6 @@ def launch_short_decode_attention(
 for _width, _group, _kv_heads, _page_size, _sequences, _splits, _window in (
     (64, 3, 3, 64, 1, 44, False),
     (96, 1, 32, 64, 1, 4, False),
-    (128, 4, 8, 64, 1, 16, False),
     (128, 4, 8, 64, 1, 1, False),
     (128, 4, 8, 64, 8, 9, True),
     (128, 24, 1, 64, 1, 64, False),

@@ -31,3 +31,6 @@ class Batch:
     output_rows: torch.Tensor | None = None  # (R,) int64, rows whose logits are wanted; None = all
     # So many sequences at the front have exactly one query; counted only where others have more.
     num_decode: int = 0
+    # Tokens that show a picture: their rows (R,) int64, and what is there instead of the embedding of their id.
+    embedding_rows: torch.Tensor | None = None
+    embedding_values: torch.Tensor | None = None  # (R, D) in the model's dtype

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hayate.kernels.rope import RopeParameters
+from hayate.models.vision_config import VisionConfig
 
 NormKind = Literal["rmsnorm", "layernorm1p"]
 Activation = Literal["silu_and_mul", "relu2"]
@@ -53,7 +54,9 @@ class ModelConfig:
     moe: MoEConfig | None = None
     dense_layers: frozenset[int] = frozenset()  # layers of a MoE model that have a dense MLP
     tie_embeddings: bool = False
-    dtype: str = "bfloat16"  # of the checkpoint
+    vision: VisionConfig | None = None  # of a model that takes pictures
+    dtype: str = "bfloat16"  # of the checkpoint; where layers are NF4, of everything else
+    nf4_modules: frozenset[str] | None = None  # linear layers in NF4; None: not a quantised model
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -74,12 +77,13 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        return self._count_parameters(experts_counted=self.moe.num_experts if self.moe else 0)
+        vision = self.vision.num_parameters if self.vision else 0
+        return vision + self._count_parameters(self.moe.num_experts if self.moe else 0)
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that take part in one token: A of E experts, the embedding included."""
-        return self._count_parameters(experts_counted=self.moe.num_active if self.moe else 0)
+        """Parameters that take part in one token of text: A of E experts, the embedding included."""
+        return self._count_parameters(self.moe.num_active if self.moe else 0)
 
     @property
     def num_streamed_parameters(self) -> int:

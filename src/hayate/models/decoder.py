@@ -9,15 +9,21 @@ One wiring serves Llama, Mistral, Nemotron, Qwen2, Qwen3, Mixtral, OLMoE and Qwe
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from hayate.kernels import cpu
 from hayate.kernels.embedding import embedding
 from hayate.kernels.linear import linear
+from hayate.kernels.nf4 import nf4_pack
 from hayate.models.batch import Batch
 from hayate.models.config import ModelConfig
 from hayate.models.layers import MLP, Attention, Linear, NormParameters, SparseMLP
+from hayate.models.quantization import dense_parameters, nf4_linears, replace_linears
+
+_NF4_STD = 0.517  # root mean square of NF4's 16 values
 
 
 class Embedding(nn.Module):
@@ -58,6 +64,9 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         x_TD = self.embed_tokens(batch.token_ids)
+        if batch.embedding_rows is not None:
+            assert batch.embedding_values is not None
+            x_TD.index_copy_(0, batch.embedding_rows, batch.embedding_values)
         for layer in self.layers:
             x_TD = layer(x_TD, batch)
         return x_TD
@@ -81,20 +90,41 @@ class CausalLM(nn.Module):
         x_TD = self.model(batch)
         if batch.output_rows is not None:
             x_TD = x_TD.index_select(0, batch.output_rows)
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return linear(x_TD, head.weight, norm=self.model.norm())
+        if self.lm_head is None:
+            return linear(x_TD, self.model.embed_tokens.weight, norm=self.model.norm())
+        logits: Tensor = self.lm_head(x_TD, norm=self.model.norm())
+        return logits
+
+
+def meta_model(config: ModelConfig, *, dtype: torch.dtype) -> CausalLM:
+    """The model of `config` on the meta device: names, shapes and dtypes, no memory."""
+    with torch.device("meta"):
+        if config.vision is None:
+            model = CausalLM(config, dtype=dtype)
+        else:
+            from hayate.models.minicpmv import MiniCPMV  # it is made of the decoder
+
+            # The engine calls it with batches and reads its config, as those of any causal LM.
+            model = cast(CausalLM, MiniCPMV(config, dtype=dtype))
+        replace_linears(model, config.nf4_modules or ())
+    return model
 
 
 def build_model(config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The model with uninitialised parameters on `device` (load or `init_random` fills them)."""
-    with torch.device("meta"):
-        model = CausalLM(config, dtype=dtype)
+    model = meta_model(config, dtype=dtype)
+    materialize(model, device)
+    return model
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give the parameters of a model on the meta device memory on `device`; it is ready for inference then."""
     model.requires_grad_(False)
     if device.type == "cpu":
         _place_in_block(model)
     else:
         model.to_empty(device=device)
-    return model.eval()
+    model.eval()
 
 
 def _place_in_block(model: nn.Module) -> None:
@@ -116,8 +146,13 @@ def init_random(model: CausalLM, seed: int = 0, std: float = 0.02) -> None:
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     centre = 0.0 if model.config.norm == "layernorm1p" else 1.0
-    for name, parameter in model.named_parameters():
+    for name, parameter in dense_parameters(model).items():
         if parameter.dim() > 1 or name.endswith("proj.bias"):
             parameter.normal_(0.0, std, generator=generator)
         else:
             parameter.normal_(0.0 if name.endswith("bias") else centre, 0.05, generator=generator)
+    for layer in nf4_linears(model).values():
+        n, k = layer.packed.shape
+        codes = torch.empty(n * k // 2, dtype=torch.uint8, device=device)
+        absmax = torch.full((-(-n * k // 64),), std / _NF4_STD, device=device)
+        layer.fill(nf4_pack(codes.random_(generator=generator), absmax, n, k))

@@ -6,7 +6,6 @@ does not implement is refused by name; so is a field nobody here has heard of.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,16 @@ from typing import Any
 from hayate.checkpoint.config_json import ConfigReader
 from hayate.errors import ModelError
 from hayate.models.config import ModelConfig, MoEConfig
+from hayate.models.quantization import read_quantization
 from hayate.models.rope_config import read_rope
+from hayate.models.unknown_fields import refuse_unknown_fields
+from hayate.models.vision_config import read_vision
 
-# Fields that do not change what the decoder computes at inference.
-_HARMLESS = re.compile(
-    r"_.*|architectures|model_type|torch_dtype|dtype|transformers_version|use_cache|auto_map|initializer_range"
-    r"|.*dropout|.*_pdrop|output_router_logits|router_aux_loss_coef|router_jitter_noise|output_attentions"
-    r"|output_hidden_states|return_dict|id2label|label2id|num_labels|problem_type|task_specific_params"
-    r"|finetuning_task|prefix|tokenizer_class|(bos|eos|pad|sep|decoder_start)_token_id|is_decoder"
-    r"|chunk_size_feed_forward|is_llama_config|name_or_path|pruned_heads|torchscript|use_bfloat16"
-    r"|do_sample|temperature|top_[kp]|max_length|min_length|repetition_penalty|num_beams|max_window_layers"
-    r"|use_sliding_window|sliding_window|layer_types|neftune.*|unsloth.*"
-)
 # Fields that change the maths, and the only values the decoder implements.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
-    "quantization_config": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
@@ -236,6 +227,12 @@ def _qwen3_moe(config: ConfigReader) -> dict:
     return {**sizes, **_rms(config), **_rope(config, sizes), **_biases(config), **windows, **fields}
 
 
+def _minicpmv(config: ConfigReader) -> dict:
+    # First of all, for other versions have other fields.
+    vision = read_vision(config, config.require("hidden_size", int))
+    return {**_qwen2(config), "vision": vision}
+
+
 FAMILIES: dict[str, Callable[[ConfigReader], dict]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
@@ -245,6 +242,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], dict]] = {
     "MixtralForCausalLM": _mixtral,
     "OlmoeForCausalLM": _olmoe,
     "Qwen3MoeForCausalLM": _qwen3_moe,
+    "MiniCPMV": _minicpmv,
 }
 _DTYPES = {"bfloat16", "float16", "float32"}
 
@@ -273,15 +271,13 @@ def parse_config(config: ConfigReader) -> ModelConfig:
     dtype = config.get("dtype", str, None) or config.get("torch_dtype", str, None) or "bfloat16"
     if dtype not in _DTYPES:
         raise ModelError(f"{config.where('dtype')} is {dtype!r}; hayate runs {sorted(_DTYPES)}")
-    unknown = [key for key in config.unread() if not _HARMLESS.fullmatch(key)]
-    if unknown:
-        raise ModelError(
-            f"{config.where(unknown[0])} is a field hayate does not know for {name}; "
-            "it may change the model's maths, so it is not ignored"
-        )
+    # Which layers are NF4 only the tensors tell: see `runtime.loading.open_checkpoint`.
+    nf4_modules = frozenset[str]() if read_quantization(config) else None
+    refuse_unknown_fields(config, name)
     return ModelConfig(
         architecture=name,
         dtype=dtype,
+        nf4_modules=nf4_modules,
         bos_token_id=config.get("bos_token_id", int, None),
         eos_token_ids=_token_ids(config, "eos_token_id"),
         **fields,

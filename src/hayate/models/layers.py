@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from hayate.kernels.decode_attention import Projection
-from hayate.kernels.linear import linear
+from hayate.kernels.linear import Activation, linear
 from hayate.kernels.moe import moe_mlp, moe_route
-from hayate.kernels.norm import Norm
+from hayate.kernels.nf4 import NF4Weight, nf4_linear, nf4_pack
+from hayate.kernels.norm import Norm, NormKind
 from hayate.kernels.self_attention import self_attention
 from hayate.models.batch import Batch
 from hayate.models.config import ModelConfig, MoEConfig
@@ -29,7 +30,7 @@ class Linear(nn.Module):
         x: Tensor,
         *,
         norm: Norm | None = None,
-        activation: Literal["relu2", "silu_and_mul", "silu"] | None = None,
+        activation: Activation | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         return linear(
@@ -44,17 +45,65 @@ class Linear(nn.Module):
         )
 
 
+class NF4Linear(nn.Module):
+    """`Linear` with its weight in 4 bits, as `kernels.nf4` packs it; `in_size` a multiple of 16."""
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_size = in_size
+        codes, scales, self.block = _nf4_row(in_size)
+        self.codes = nn.Parameter(
+            torch.empty(out_size, codes, dtype=torch.uint8), requires_grad=False
+        )
+        self.scales = nn.Parameter(torch.empty(out_size, scales), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype)) if bias else None
+
+    @property
+    def packed(self) -> NF4Weight:
+        return NF4Weight(self.codes, self.scales, self.block, self.in_size)
+
+    def fill(self, weight: NF4Weight, first_row: int = 0) -> None:
+        """Take `weight` as the rows from `first_row` on."""
+        rows = slice(first_row, first_row + weight.shape[0])
+        self.codes[rows].copy_(weight.codes)
+        self.scales[rows].copy_(weight.scales)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        norm: Norm | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return nf4_linear(
+            x,
+            self.packed,
+            self.bias,
+            norm=norm,
+            activation=activation,
+            residual=residual,
+            overwrite_residual=not torch.is_grad_enabled(),
+        )
+
+
+@cache
+def _nf4_row(in_size: int) -> tuple[int, int, int]:
+    """Bytes of codes and number of scales in a packed row, and the values a scale is for."""
+    codes = torch.zeros(in_size // 2, dtype=torch.uint8, device="cpu")
+    row = nf4_pack(codes, torch.zeros(-(-in_size // 64), device="cpu"), 1, in_size)
+    return row.codes.shape[1], row.scales.shape[1], row.block
+
+
 class NormParameters(nn.Module):
     """Weight (and bias) of a norm. It is applied inside the operation that follows it."""
 
-    def __init__(
-        self, size: int, kind: Literal["rmsnorm", "layernorm1p"], eps: float, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, size: int, kind: NormKind, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.kind: Literal["rmsnorm", "layernorm1p"] = kind
+        self.kind: NormKind = kind
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(size, dtype=dtype)) if kind == "layernorm1p" else None
+        self.bias = None if kind == "rmsnorm" else nn.Parameter(torch.empty(size, dtype=dtype))
 
     def forward(self) -> Norm:
         return Norm(self.kind, self.weight, self.bias, self.eps)

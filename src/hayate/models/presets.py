@@ -5,12 +5,17 @@ Each entry is the config.json of the model it is named after.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+
+import torch
 
 from hayate.checkpoint.config_json import ConfigReader
 from hayate.errors import UsageError
 from hayate.models.config import ModelConfig
+from hayate.models.decoder import meta_model
 from hayate.models.families import parse_config
+from hayate.models.quantization import linear_names
 
 
 def _own_moe(**sizes: Any) -> dict[str, Any]:
@@ -30,6 +35,37 @@ def _own_moe(**sizes: Any) -> dict[str, Any]:
         **sizes,
     }
 
+
+_MINICPM_V: dict[str, Any] = {
+    "architectures": ["MiniCPMV"],
+    "version": 2.6,
+    "vocab_size": 151_666,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32_768,
+    "drop_vision_last_layer": False,
+    "patch_size": 14,
+    "query_num": 64,
+    "slice_config": {"max_slice_nums": 9, "patch_size": 14},
+    "vision_config": {
+        "model_type": "siglip",
+        "hidden_size": 1152,
+        "image_size": 980,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+    "bos_token_id": 151_643,
+    "eos_token_id": 151_645,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "nemotron-mini-4b": {
@@ -124,6 +160,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "max_position_embeddings": 32_768,
     },
+    "minicpm-v-2.6": _MINICPM_V,
+    "minicpm-v-2.6-int4": {
+        **_MINICPM_V,
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "llm_int8_skip_modules": ["out_proj", "kv_proj", "lm_head"],
+        },
+    },
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": 128_256,
@@ -163,7 +211,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_config(name: str) -> ModelConfig:
-    """The ModelConfig of a preset. UsageError for an unknown name."""
+    """The ModelConfig of a preset. UsageError for an unknown name.
+
+    Of a quantised one every linear layer is NF4 that its publisher does not skip: no tensors tell which.
+    """
     if name not in PRESETS:
         raise UsageError(f"--preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
-    return parse_config(ConfigReader(PRESETS[name], file=f"preset {name}"))
+    config = parse_config(ConfigReader(PRESETS[name], file=f"preset {name}"))
+    if config.nf4_modules is None:
+        return config
+    skipped = PRESETS[name]["quantization_config"]["llm_int8_skip_modules"]
+    modules = linear_names(meta_model(config, dtype=torch.bfloat16))
+    wanted = frozenset(m for m in modules if m.rpartition(".")[2] not in skipped)
+    return dataclasses.replace(config, nf4_modules=wanted)

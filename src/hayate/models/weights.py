@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from hayate.checkpoint.placements import Placement, concat, stack
 from hayate.models.config import ModelConfig, MoEConfig
+from hayate.models.vision_config import VisionConfig
 
 # Tensors old checkpoints carry that no decoder needs.
 IGNORED_TENSORS = (r".*\.rotary_emb\.inv_freq", r".*\.masked_bias", r".*\.attn\.bias")
@@ -16,11 +17,15 @@ IGNORED_TENSORS = (r".*\.rotary_emb\.inv_freq", r".*\.masked_bias", r".*\.attn\.
 
 def placements(config: ModelConfig) -> list[Placement]:
     """All fused or stacked tensors of `config`'s architecture."""
-    return [p for layer in range(config.num_layers) for p in _layer(config, layer)]
+    decoder = "" if config.vision is None else "llm."
+    placed = [p for layer in range(config.num_layers) for p in _layer(config, decoder, layer)]
+    if config.vision is not None:
+        placed += _vision(config.vision)
+    return placed
 
 
-def _layer(config: ModelConfig, layer: int) -> Iterator[Placement]:
-    prefix = f"model.layers.{layer}."
+def _layer(config: ModelConfig, decoder: str, layer: int) -> Iterator[Placement]:
+    prefix = f"{decoder}model.layers.{layer}."
     HK, GK = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     for kind in ["weight"] + ["bias"] * config.qkv_bias:
         sources = [f"{prefix}self_attn.{name}_proj.{kind}" for name in "qkv"]
@@ -33,6 +38,14 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Placement]:
             yield from concat(
                 f"{prefix}mlp.gate_up_proj.{kind}", sources, (config.ffn_size, config.ffn_size)
             )
+
+
+def _vision(vision: VisionConfig) -> Iterator[Placement]:
+    for layer in range(vision.num_layers):
+        prefix = f"vpm.encoder.layers.{layer}.self_attn."
+        for kind in ("weight", "bias"):
+            sources = [f"{prefix}{name}_proj.{kind}" for name in "qkv"]
+            yield from concat(f"{prefix}qkv_proj.{kind}", sources, (vision.hidden_size,) * 3)
 
 
 def _experts(moe: MoEConfig, prefix: str) -> Iterator[Placement]:

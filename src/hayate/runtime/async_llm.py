@@ -5,12 +5,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 from hayate.errors import UsageError, to_raise
+from hayate.runtime.conversation import has_parts
 from hayate.runtime.engine import Event
 from hayate.runtime.engine_thread import EngineThread
 from hayate.runtime.loaded_model import LoadedModel
@@ -19,6 +28,7 @@ from hayate.runtime.request import Request
 from hayate.runtime.request_builder import Messages, Params, Prompt
 from hayate.sampling_params import SamplingParams
 
+Tagged = tuple[int, StreamChunk]  # a chunk, and which of several prompts it belongs to
 _T = TypeVar("_T")
 _Self = TypeVar("_Self", bound="AsyncLLM")
 _LONG_TEXT = (
@@ -82,6 +92,24 @@ class AsyncLLM(LoadedModel):
         )
         return self._stream(build, prompt, params, request_id)
 
+    async def open_streams(
+        self,
+        prompts: Sequence[Prompt],
+        params: Params = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[list[Tagged], None]:
+        """`stream` of several prompts together, in lists of (index of the prompt, chunk): all that came since the last.
+
+        For servers: what is wrong with the requests is raised here, before anything runs; a reader that falls behind
+        gets longer lists; closing the iterator ends all of them.
+        """
+        build = functools.partial(
+            self.requests.of_prompts, prompts, params, priority=priority, timeout=timeout
+        )
+        return self._batches(await _built(build, prompts, params))
+
     async def chat(
         self,
         messages: Messages,
@@ -89,10 +117,16 @@ class AsyncLLM(LoadedModel):
         *,
         priority: int = 0,
         timeout: float | None = None,
+        max_slices: int | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation: messages are {"role": ..., "content": ...}."""
+        """Answer a conversation; messages and max_slices are those of `LLM.chat`."""
         build = functools.partial(
-            self.requests.of_messages, messages, params, priority=priority, timeout=timeout
+            self.requests.of_messages,
+            messages,
+            params,
+            priority=priority,
+            timeout=timeout,
+            max_slices=max_slices,
         )
         return await self._run([await _built(build, messages, params)])
 
@@ -103,13 +137,24 @@ class AsyncLLM(LoadedModel):
         *,
         priority: int = 0,
         timeout: float | None = None,
+        max_slices: int | None = None,
         request_id: str | None = None,
     ) -> AsyncIterator[StreamChunk]:
         """`chat`, piece by piece."""
         build = functools.partial(
-            self.requests.of_messages, messages, params, priority=priority, timeout=timeout
+            self.requests.of_messages,
+            messages,
+            params,
+            priority=priority,
+            timeout=timeout,
+            max_slices=max_slices,
         )
         return self._stream(build, messages, params, request_id)
+
+    @property
+    def dead(self) -> BaseException | None:
+        """What ended the engine for good, as a failure of the GPU does; every call raises it from then on."""
+        return self._thread.error or self.engine.dead
 
     def abort(self, request_id: str) -> bool:
         """End the stream of that name: its last chunk has the finish reason "abort". False if there is none."""
@@ -143,10 +188,11 @@ class AsyncLLM(LoadedModel):
         await self.shutdown(drain=kind is None)
 
     async def _run(self, requests: list[Request]) -> list[RequestOutput]:
-        chunks: asyncio.Queue[StreamChunk] = asyncio.Queue()
-        with self._submitted(requests, chunks, every_chunk=False):
-            for _ in requests:
-                await chunks.get()
+        inbox = _Inbox()
+        with self._submitted(requests, inbox, every_chunk=False):
+            left = len(requests)
+            while left:
+                left -= len(await inbox.take())
         outputs = [r.result() for r in requests]
         if failed := [r.error for r in requests if r.error is not None]:
             raise to_raise(failed[0], outputs)
@@ -156,25 +202,31 @@ class AsyncLLM(LoadedModel):
         self, build: Callable[[], Request], prompt: object, params: Params, request_id: str | None
     ) -> AsyncIterator[StreamChunk]:
         request = await _built(build, prompt, params)
-        chunks: asyncio.Queue[StreamChunk] = asyncio.Queue()
-        with (
-            self._named(request, request_id),
-            self._submitted([request], chunks, every_chunk=True),
-        ):
-            last = False
-            while not last:
-                chunk = await chunks.get()
-                last = chunk.request is not None
-                yield chunk
-        if request.error is not None:
-            raise to_raise(request.error, [request.result()])
+        with self._named(request, request_id):
+            async with aclosing(self._batches([request])) as batches:
+                async for batch in batches:
+                    for _, chunk in batch:
+                        yield chunk
+
+    async def _batches(self, requests: list[Request]) -> AsyncGenerator[list[Tagged], None]:
+        """What arrived since the last batch, at least one chunk, until all have ended."""
+        inbox = _Inbox()
+        index = {request: i for i, request in enumerate(requests)}
+        left = len(requests)
+        with self._submitted(requests, inbox, every_chunk=True):
+            while left:
+                batch = await inbox.take()
+                left -= sum(chunk.request is not None for _, chunk in batch)
+                yield [(index[request], chunk) for request, chunk in batch]
+        if failed := [r.error for r in requests if r.error is not None]:
+            raise to_raise(failed[0], [r.result() for r in requests])
 
     @contextmanager
     def _submitted(
-        self, requests: list[Request], chunks: asyncio.Queue[StreamChunk], *, every_chunk: bool
+        self, requests: list[Request], inbox: _Inbox, *, every_chunk: bool
     ) -> Iterator[None]:
-        """While inside, chunks of the requests arrive in `chunks`; at the end what is unfinished is dropped."""
-        box = _Box(asyncio.get_running_loop(), chunks, every_chunk)
+        """While inside, chunks of the requests arrive in `inbox`; at the end what is unfinished is dropped."""
+        box = _Box(asyncio.get_running_loop(), inbox, every_chunk)
         try:
             self._mail.boxes.update(dict.fromkeys(requests, box))
             self._thread.submit(requests)
@@ -198,11 +250,32 @@ class AsyncLLM(LoadedModel):
             del self._by_id[request_id]
 
 
+class _Inbox:
+    """Chunks for one task of an event loop. It is much used: a queue of asyncio would take several times as long."""
+
+    def __init__(self) -> None:
+        self._chunks: list[tuple[Request, StreamChunk]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, request: Request, chunk: StreamChunk) -> None:
+        self._chunks.append((request, chunk))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[tuple[Request, StreamChunk]]:
+        """All there are, when there is one."""
+        if not self._chunks:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        taken, self._chunks = self._chunks, []
+        return taken
+
+
 class _Box(NamedTuple):
-    """Where the chunks of a request go: a queue of an event loop."""
+    """Where the chunks of a request go."""
 
     loop: asyncio.AbstractEventLoop
-    chunks: asyncio.Queue[StreamChunk]
+    inbox: _Inbox
     every_chunk: bool  # or only the last
 
 
@@ -222,25 +295,27 @@ class _Mail:
         gone: list[Request] = []
         for loop, batch in batches.items():
             try:
-                loop.call_soon_threadsafe(_put, [(box, chunk) for _, box, chunk in batch])
+                loop.call_soon_threadsafe(_put, batch)
             except RuntimeError:  # the loop is closed
                 gone += [request for request, _, _ in batch]
         return gone
 
 
-def _put(batch: Iterable[tuple[_Box, StreamChunk]]) -> None:
-    for box, chunk in batch:
-        box.chunks.put_nowait(chunk)
+def _put(batch: Iterable[tuple[Request, _Box, StreamChunk]]) -> None:
+    for request, box, chunk in batch:
+        box.inbox.put(request, chunk)
 
 
 async def _built(build: Callable[[], _T], prompt: object, params: Params) -> _T:
-    """`build()`, in a thread of its own where it takes long: much text to encode, a grammar to compile."""
+    """`build()`, in a thread of its own where it takes long: much text to encode, images, a grammar to compile."""
     texts = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, Iterable) else ()
-    length = sum(len(str(text)) for text in texts if isinstance(text, str | dict))
+    contents = [t.get("content") if isinstance(t, Mapping) else t for t in texts]
+    length = sum(len(text) for text in contents if isinstance(text, str))
+    slow = length > _LONG_TEXT or has_parts(texts)
     structured = params is not None and (
         not isinstance(params, SamplingParams) or params.structured is not None
     )
-    return await asyncio.to_thread(build) if structured or length > _LONG_TEXT else build()
+    return await asyncio.to_thread(build) if structured or slow else build()
 
 
 def _stop(thread: EngineThread) -> None:

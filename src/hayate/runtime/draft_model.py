@@ -7,7 +7,7 @@ its place in the cache written again.
 A guess is drawn as the target draws: with the sequence's own temperature and filters, and with the same random
 number u for the same place of the output. Both invert their cumulative distribution at the same u, so they agree
 more often than two independent draws would, and more often than the draft model's favourite would be drawn.
-Penalties, biases and grammars are left to the target.
+Penalties, biases and grammars are left to the target. It sees no pictures: sequences that show some get no guesses.
 """
 
 from __future__ import annotations
@@ -137,6 +137,8 @@ class DraftModelProposer:
 
     def observe(self, sequence: Sequence, token: int) -> None:
         """A token was appended to the sequence: its past acceptance counts a little less."""
+        if sequence.spans:
+            return  # it would guess blindfold
         mirror = self._mirrors.get(sequence)
         if mirror is None:
             mirror = self._mirrors[sequence] = _Mirror.of(sequence, self.max_len)

@@ -9,12 +9,16 @@ drafts waits for the one before, and is waited for.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+import torch
 
 from hayate.config import EnginePlan
-from hayate.errors import GpuFault, to_raise
+from hayate.errors import GpuFault, UsageError, to_raise
 from hayate.models.decoder import CausalLM
 from hayate.runtime.device import device_errors
 from hayate.runtime.engine_stats import EngineStats
+from hayate.runtime.image_encoder import ImageEncoder
 from hayate.runtime.live_requests import Event, LiveRequests
 from hayate.runtime.outputs import PositionLogprobs, StreamChunk
 from hayate.runtime.page_allocator import PageAllocator
@@ -26,6 +30,7 @@ from hayate.runtime.scheduler import Scheduler, Step
 from hayate.runtime.sequence import Sequence
 from hayate.runtime.speculation import Speculation
 from hayate.runtime.speculative import make_speculator
+from hayate.sampling_params import SamplingParams
 
 
 class Engine:
@@ -46,9 +51,10 @@ class Engine:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_chunk_tokens=plan.max_chunk_tokens,
         )
+        self.images = ImageEncoder(model, model.config.hidden_size, plan)
         self.sampler = Sampler()
         self.speculation = self._speculation(model.config.vocab_size, draft_model)
-        self.dead: GpuFault | None = None  # the GPU failed: nothing runs any more
+        self._dead: GpuFault | None = None
         self._live = LiveRequests(self._forget)
         self._pending: Pending | None = None
         self._in_hand: tuple[Sequence, ...] = ()  # whose work fails if the next line fails
@@ -63,8 +69,13 @@ class Engine:
         return Speculation(speculator, self.runner.verifies_faster_padded)
 
     @property
+    def dead(self) -> GpuFault | None:
+        """Why nothing runs any more: the failure of the GPU."""
+        return self._dead
+
+    @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.images.has_work
 
     @property
     def num_generated_tokens(self) -> int:
@@ -76,14 +87,25 @@ class Engine:
         return EngineStats.of(self)
 
     def submit(self, request: Request) -> None:
-        """Queue all samples of `request`. OutOfMemory if it could never fit the cache; GpuFault after one."""
+        """Queue all samples of `request`. OutOfMemory if it could never fit the cache; GpuFault after one.
+
+        One with images is scheduled when these are encoded.
+        """
         if self.dead is not None:
             raise to_raise(self.dead)
         switch_len = self.runner.rope.switch_len
         for sample in request.samples:
             sample.sequence.shareable = len(sample.sequence.prompt_ids) <= switch_len
-            self.scheduler.add(sample.sequence)
+        if request.images:
+            self.scheduler.check_fits(request.samples[0].sequence)
+            self.images.add(request)
+        else:
+            self._schedule(request)
         self._live.add(request)
+
+    def _schedule(self, request: Request) -> None:
+        for sample in request.samples:
+            self.scheduler.add(sample.sequence)
 
     def abort(self, request: Request) -> None:
         """Drop what is left of `request`, now. Nothing happens to a finished one."""
@@ -107,13 +129,14 @@ class Engine:
         """Run one step and return what it produced (on a GPU, what the step before produced).
 
         A step that fails ends the requests in it, with the finish reason "error", and no others; a failure of the GPU
-        ends all, and `dead` is set. Nothing is raised but what is no `Exception`, such as KeyboardInterrupt: then
+        ends all, and `dead` says so. Nothing is raised but what is no `Exception`, such as KeyboardInterrupt: then
         every sequence that was running starts over with the tokens it has.
         """
         events: list[Event] = []
-        self._live.expire(events)
+        self._expire(events)
         try:
             with device_errors(self.runner.device, doing="running"):
+                self._encode(events)
                 self._step(events)
         except GpuFault as fault:
             self._die(fault, events)
@@ -123,6 +146,44 @@ class Engine:
             self._restart()
             raise
         return events
+
+    def logits(self, ids: Seq[int]) -> torch.Tensor:
+        """Logits (T, V) float32 on the CPU, after each of `ids`. UsageError if they do not fit the KV cache now."""
+        params = SamplingParams(temperature=0)
+        sequence = Sequence(list(ids), params, self.plan.max_model_len, 0)
+        if not self.pages.extend(sequence, sequence.num_tokens):
+            raise UsageError(
+                f"{sequence.num_tokens} tokens do not fit the free part of the KV cache; raise kv_memory"
+            )
+        try:
+            with device_errors(self.runner.device, doing="running"):
+                return self.runner.all_logits(sequence).float().cpu()
+        finally:
+            self.pages.release(sequence)
+
+    def close(self) -> None:
+        """End what belongs to the engine alone. Nothing in one process: its memory goes with the object."""
+
+    def _expire(self, events: list[Event]) -> None:
+        """End the requests whose time is over, before a step."""
+        self._live.expire(events)
+
+    def _encode(self, events: list[Event]) -> None:
+        """Encode some images; schedule the requests that have all of theirs. A failure ends its request alone."""
+        before = self.images.num_images_encoded
+        while self.images.num_images_encoded == before and (request := self.images.next()):
+            try:
+                with device_errors(self.runner.device, doing="encoding images"):
+                    complete = self.images.encode(request)
+            except GpuFault:
+                raise
+            except Exception as error:
+                for sample in request.samples:
+                    self._live.end(sample.sequence, "error", events, error)
+                continue
+            if not complete:
+                break
+            self._schedule(request)
 
     def _step(self, events: list[Event]) -> None:
         self._in_hand = tuple(self.scheduler.running)
@@ -211,6 +272,7 @@ class Engine:
     ) -> None:
         if token < 0:
             self.pages.forget()  # what others would share may not be finite either
+            self.images.forget()
         self._live.append(sequence, token, logprobs, events)
         if self.speculation is not None and sequence.status != "finished":
             self.speculation.observe(sequence, token)
@@ -218,6 +280,7 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         self.scheduler.finish(sequence)
+        self.images.release(sequence)
         self.runner.release(sequence)
         if self.speculation is not None:
             self.speculation.forget(sequence)
@@ -247,6 +310,6 @@ class Engine:
             self._live.end(sequence, "error", events, error)
 
     def _die(self, fault: GpuFault, events: list[Event]) -> None:
-        self.dead, self._pending = fault, None
+        self._dead, self._pending = fault, None
         for sequence in self._live.sequences:
             self._live.end(sequence, "error", events, fault)

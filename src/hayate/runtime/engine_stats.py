@@ -14,10 +14,11 @@ class EngineStats:
     """Counts of this moment, then totals."""
 
     num_running: int
-    num_waiting: int
+    num_waiting: int  # those included whose images are being encoded
     num_pages: int
     num_pages_used: int  # held by sequences
     num_pages_cached: int  # held by nobody, but reusable by a prompt that begins alike
+    image_cache_bytes: int  # of encoded images, in use or reusable
 
     num_steps: int
     num_verify_steps: int
@@ -28,6 +29,8 @@ class EngineStats:
     num_prefix_tokens_found: int
     num_draft_tokens: int
     num_accepted_tokens: int  # of the drafts
+    num_images: int  # shown by prompts
+    num_images_found: int  # of these, encoded for an earlier one
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -44,14 +47,15 @@ class EngineStats:
     @classmethod
     def of(cls, engine: Engine) -> EngineStats:
         """Read from plain counters: no lock, at any time, from any thread."""
-        scheduler, pages = engine.scheduler, engine.pages
+        scheduler, pages, images = engine.scheduler, engine.pages, engine.images
         drafts = engine.speculation.stats if engine.speculation is not None else None
         return cls(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + images.num_waiting,
             num_pages=pages.num_pages,
             num_pages_used=pages.num_pages - pages.num_free,
             num_pages_cached=pages.num_cached,
+            image_cache_bytes=images.num_bytes,
             num_steps=engine.num_steps,
             num_verify_steps=drafts.num_verify_steps if drafts else 0,
             num_prompt_tokens=engine.num_prompt_tokens,
@@ -61,4 +65,6 @@ class EngineStats:
             num_prefix_tokens_found=scheduler.num_prompt_tokens_cached,
             num_draft_tokens=drafts.num_drafted if drafts else 0,
             num_accepted_tokens=drafts.num_accepted if drafts else 0,
+            num_images=images.num_images,
+            num_images_found=images.num_images - images.num_images_encoded,
         )

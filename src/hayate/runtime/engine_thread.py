@@ -30,7 +30,7 @@ class EngineThread:
         self._aborted: list[Request] = []
         self._closing = False
         self._dropping = False  # closing without finishing what runs
-        self._error: BaseException | None = None  # what killed the engine
+        self.error: BaseException | None = None  # what killed the engine
         self._thread: threading.Thread | None = None
         # The engine thread's own, in order: submitted, last chunk not delivered.
         self._live: dict[Request, None] = {}
@@ -38,8 +38,8 @@ class EngineThread:
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests. Raises the error of a dead engine; UsageError after `close`."""
         with self._wake:
-            if self._error is not None:
-                raise to_raise(self._error)
+            if self.error is not None:
+                raise to_raise(self.error)
             if self._closing:
                 raise UsageError("this AsyncLLM was shut down; make a new one")
             if self._thread is None:
@@ -62,10 +62,11 @@ class EngineThread:
             self._wake.notify()
 
     def join(self) -> None:
-        """Wait until the thread has ended, after `close`."""
+        """Wait until the thread has ended, after `close`, and close the engine."""
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        self._engine.close()
 
     # -- in the engine thread -----------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ class EngineThread:
         except BaseException as caught:  # nobody above would see it: the callers get it
             error = caught
         with self._wake:
-            self._closing, self._error = True, error
+            self._closing, self.error = True, error
             self._live |= dict.fromkeys(self._submitted)
             self._submitted = []
         for request in list(self._live):
@@ -99,12 +100,12 @@ class EngineThread:
             return False
         for request in aborted:
             self._hand_out(self._drop(request))
-        if self._engine.has_work:
+        worked = self._engine.has_work
+        if worked:
             self._hand_out(self._engine.step())
-            if self._engine.dead is not None:
-                raise self._engine.dead
-            return True
-        return not closing
+        if self._engine.dead is not None:
+            raise self._engine.dead
+        return worked or not closing
 
     def _has_something(self) -> bool:
         return bool(self._submitted or self._aborted or self._closing or self._engine.has_work)

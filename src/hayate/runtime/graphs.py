@@ -69,6 +69,11 @@ class Graphs:
         """The next decode step writes all positions anew: another step ran between, or one failed."""
         self._step = None
 
+    def clear(self) -> None:
+        """Drop all graphs, and with them what they hold."""
+        self.forget_state()
+        self._graphs.clear()
+
     # -- decode steps -----------------------------------------------------------------------------
 
     def decode(self, step: Step, *, on_device: bool) -> Launched:

@@ -72,7 +72,7 @@ class LiveRequests:
             self.end(sequence, "error", events, error)
             return
         if request.first_token is None:
-            request.first_token = time.perf_counter()
+            request.begin()
         sequence.output_ids.append(token)
         self.num_tokens += 1
         output.token_ids.append(token)

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from hayate.errors import UsageError, to_raise
-from hayate.runtime.device import device_errors
+from hayate.errors import to_raise
 from hayate.runtime.loaded_model import LoadedModel
 from hayate.runtime.outputs import RequestOutput, StreamChunk
 from hayate.runtime.request import Request
 from hayate.runtime.request_builder import Messages, Params, Prompt
-from hayate.runtime.sequence import Sequence as TokenSequence
 from hayate.sampling_params import SamplingParams
 
 
@@ -60,9 +58,20 @@ class LLM(LoadedModel):
         *,
         priority: int = 0,
         timeout: float | None = None,
+        max_slices: int | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation: messages are {"role": ..., "content": ...}."""
-        request = self.requests.of_messages(messages, params, priority=priority, timeout=timeout)
+        """Answer a conversation: messages are {"role": ..., "content": ...}.
+
+        A content is a text or, where the model takes images, a list of parts in any order: {"type": "text", "text":
+        ...}, {"type": "image", "image": a path, the bytes of a file, a PIL image or an array (H, W, 3)}, {"type":
+        "image_url", "image_url": {"url": "data:..."}}.
+
+        max_slices: most tiles an image is cut into, 1 to 9, beside the overview; fewer are faster and show less
+        detail. Default: as the checkpoint says.
+        """
+        request = self.requests.of_messages(
+            messages, params, priority=priority, timeout=timeout, max_slices=max_slices
+        )
         return self._run([request])
 
     def stream_chat(
@@ -72,29 +81,24 @@ class LLM(LoadedModel):
         *,
         priority: int = 0,
         timeout: float | None = None,
+        max_slices: int | None = None,
     ) -> Iterator[StreamChunk]:
         """`chat`, piece by piece."""
-        request = self.requests.of_messages(messages, params, priority=priority, timeout=timeout)
+        request = self.requests.of_messages(
+            messages, params, priority=priority, timeout=timeout, max_slices=max_slices
+        )
         return self._stream(request)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits (T, V) float32 on the CPU: row t is the model's prediction after token t."""
-        sequence = TokenSequence(
-            self.requests.checked_ids(list(token_ids)),
-            SamplingParams(temperature=0),
-            self.plan.max_model_len,
-            0,
-        )
-        engine = self.engine
-        if not engine.pages.extend(sequence, sequence.num_tokens):
-            raise UsageError(
-                f"{sequence.num_tokens} tokens do not fit the free part of the KV cache; raise kv_memory"
-            )
-        try:
-            with device_errors(self.device, doing="running"):
-                return engine.runner.all_logits(sequence).float().cpu()
-        finally:
-            engine.pages.release(sequence)
+        return self.engine.logits(self.requests.checked_ids(list(token_ids)))
+
+    def close(self) -> None:
+        """End the other processes of a tensor-parallel model, which otherwise end with this one; it cannot run then.
+
+        One process has nothing to end.
+        """
+        self.engine.close()
 
     def _run(self, requests: list[Request]) -> list[RequestOutput]:
         try:

@@ -12,7 +12,7 @@ import torch
 from hayate.checkpoint.hub import resolve_model
 from hayate.checkpoint.reader import LoadReport
 from hayate.config import EngineOptions, EnginePlan
-from hayate.errors import UsageError
+from hayate.errors import HayateError, UsageError
 from hayate.models.config import ModelConfig
 from hayate.models.decoder import CausalLM
 from hayate.models.presets import preset_config
@@ -21,7 +21,9 @@ from hayate.runtime.draft_model import open_draft
 from hayate.runtime.engine import Engine
 from hayate.runtime.engine_stats import EngineStats
 from hayate.runtime.loading import load_network, make_plan, open_checkpoint, random_network
+from hayate.runtime.ranks import Ranks
 from hayate.runtime.request_builder import RequestBuilder
+from hayate.runtime.tensor_parallel import Source, TensorParallelEngine
 from hayate.text.chat_template import ChatTemplate
 from hayate.text.tokenizer import GenerationDefaults, Tokenizer
 
@@ -45,8 +47,12 @@ class LoadedModel:
         prefix_cache: keep the keys and values of ended sequences, for prompts that begin with the same tokens.
         batch_invariant: a sequence's tokens do not depend, to the last bit, on what runs beside it. Slower.
         speculative: `ngram` (guesses from the text so far) or a draft model (folder, built-in name or hub id);
-            the tokens are the same without. Default: none.
+            the tokens are the same without. A draft model guesses nothing where the prompt shows images. Default: none.
         num_draft_tokens: at most so many guessed tokens are verified at once.
+        image_cache: bytes (or "512M") of encoded images, those of running requests and those kept for prompts that
+            show them again; only for models that take images. Default: 256 MiB.
+        tensor_parallel: processes that share the model, each with a part of every layer and a GPU of its own (the
+            one named and those after it), or on the CPU its share of the cores. `kv_memory` is then each one's.
         revision: branch, tag or commit of a hub id.
         progress: called with (bytes read, bytes in all) while loading.
 
@@ -68,6 +74,8 @@ class LoadedModel:
         batch_invariant: bool = False,
         speculative: str | None = None,
         num_draft_tokens: int = 7,
+        image_cache: str | int | None = None,
+        tensor_parallel: int = 1,
         revision: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -83,10 +91,15 @@ class LoadedModel:
             batch_invariant=batch_invariant,
             speculative=speculative,
             num_draft_tokens=num_draft_tokens,
+            image_cache=image_cache,
+            tensor_parallel=tensor_parallel,
         )
         target = devices.resolve_device(device)
         folder = resolve_model(model, revision)
         config, checkpoint = open_checkpoint(folder)
+        if tensor_parallel != 1:
+            self._start_parallel(options, target, Source(config, folder), progress)
+            return
         draft = draft_model = None
         if options.draft_model is not None:
             draft, draft_checkpoint = open_draft(options.draft_model, config, Tokenizer(folder))
@@ -111,8 +124,12 @@ class LoadedModel:
             raise UsageError(
                 f"--speculative {wanted.draft_model}: a model of random weights has no draft model; use ngram"
             )
-        plan = make_plan(config, wanted, devices.resolve_device(wanted.device))
+        target = devices.resolve_device(wanted.device)
         self = cls.__new__(cls)
+        if wanted.tensor_parallel != 1:
+            self._start_parallel(wanted, target, Source(config, None, seed))
+            return self
+        plan = make_plan(config, wanted, target)
         network = random_network(config, plan, seed)
         self._start(wanted, network, RequestBuilder(config, plan, None), None)
         return self
@@ -122,6 +139,10 @@ class LoadedModel:
         """The weights of `other` under an engine of its own, with its own KV cache and some options changed."""
         config = other.config
         wanted = dataclasses.replace(other.options, **changes)
+        if wanted.tensor_parallel != 1 or other.options.tensor_parallel != 1:
+            raise UsageError(
+                f"--tensor-parallel {wanted.tensor_parallel}: engines cannot share weights that are in parts"
+            )
         draft_model = other.draft_model if wanted.draft_model is not None else None
         if wanted.draft_model not in (None, other.options.draft_model):
             raise UsageError(f"--speculative {wanted.draft_model}: this draft model is not loaded")
@@ -140,6 +161,7 @@ class LoadedModel:
         requests: RequestBuilder,
         report: LoadReport | None,
         draft_model: CausalLM | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.options = options
         self.draft_model = draft_model
@@ -148,7 +170,36 @@ class LoadedModel:
         self.requests = requests
         self.load_report = report  # None for random weights
         with devices.device_errors(torch.device(self.plan.device), doing="loading"):
-            self.engine = Engine(network, self.plan, draft_model)
+            if ranks is None:
+                self.engine = Engine(network, self.plan, draft_model)
+            else:
+                self.engine = TensorParallelEngine(network, self.plan, ranks)
+
+    def _start_parallel(
+        self,
+        options: EngineOptions,
+        device: torch.device,
+        source: Source,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        make_plan(source.config, options, device)  # to refuse what can be before anything starts
+        ranks = Ranks(options.tensor_parallel, device)
+        try:
+            with ranks.working():
+                plan = make_plan(source.config, options, device, free_bytes=ranks.free_bytes)
+                requests = RequestBuilder(source.config, plan, source.folder)
+                ranks.send("load", source, plan)
+                try:
+                    network, report = source.load(plan, progress)
+                except HayateError:
+                    raise
+                except Exception as error:
+                    raise ranks.explain(error) from error
+                self._start(options, network, requests, report, None, ranks)
+                ranks.wait_for("loaded")
+        except BaseException:
+            ranks.close()
+            raise
 
     @property
     def folder(self) -> Path | None:

@@ -42,11 +42,15 @@ class CompletionOutput:
 class RequestMetrics:
     """Times in seconds, counted from the moment the request was submitted."""
 
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int = 0  # those that show images included
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     num_generated_tokens: int = 0
     time_to_first_token: float = 0.0  # prefill, waiting included
     total_time: float = 0.0
+    # Of its images, none of which takes any where they had been encoded for an earlier prompt.
+    image_open_time: float = 0.0  # reading and decoding the files
+    image_preprocess_time: float = 0.0  # resizing and cutting
+    image_encode_time: float = 0.0
 
     @property
     def decode_time(self) -> float:

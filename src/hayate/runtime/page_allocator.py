@@ -115,6 +115,11 @@ class PageAllocator:
         keys, size = sequence.page_keys, self.page_size
         while len(keys) <= index:
             begin = len(keys) * size
+            end = begin + size
             parent = keys[-1] if keys else b""
-            keys.append(page_key(parent, sequence.tokens(begin, begin + size)))
+            shown = [
+                (s.start - begin, min(s.end, end) - begin, s.index, s.digest)
+                for s in sequence.spans_in(begin, end)
+            ]
+            keys.append(page_key(parent, sequence.tokens(begin, end), shown))
         return keys[index]

@@ -1,9 +1,9 @@
 """Which pages hold the keys and values of which tokens, so that equal beginnings are computed once. No torch here.
 
-A full page is known by a key that covers its tokens and all before them: SHA-256 of the key of the page before and
-the token ids. Equal keys mean equal tokens (two different prompts of one key would break SHA-256), at equal
-positions, hence equal keys and values. Python's own hash would not do: it is not hard to find collisions for, and a
-collision shows one user the prompt of another.
+A full page is known by a key that covers its tokens and all before them: SHA-256 of the key of the page before, the
+token ids, and the pictures that tokens of the page show. Equal keys mean equal tokens and pictures (two different
+prompts of one key would break SHA-256), at equal positions, hence equal keys and values. Python's own hash would not
+do: it is not hard to find collisions for, and a collision shows one user the prompt of another.
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ from collections.abc import Iterable
 from hashlib import sha256
 
 
-def page_key(parent: bytes, token_ids: Iterable[int]) -> bytes:
-    """The key of a full page: of the page before it (b"" for the first) and its own tokens."""
-    return sha256(parent + array("Q", token_ids).tobytes()).digest()
+def page_key(
+    parent: bytes, token_ids: Iterable[int], pictures: Iterable[tuple[int, int, int, bytes]] = ()
+) -> bytes:
+    """The key of a full page: of the page before it (b"" for the first) and its own tokens.
+
+    pictures: of each that the page shows: where it begins and where it ends within the page, counted from the page's
+    first token; which one of its image's pictures it is; the digest of the image.
+    """
+    key = sha256(parent + array("Q", token_ids).tobytes())
+    for start, end, index, digest in pictures:
+        key.update(array("q", (start, end, index)).tobytes() + digest)
+    return key.digest()
 
 
 class PrefixCache:

@@ -6,6 +6,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from hayate.runtime.conversation import PromptImage
+from hayate.runtime.device import Stopwatch
 from hayate.runtime.outputs import (
     CompletionOutput,
     FinishReason,
@@ -14,7 +16,7 @@ from hayate.runtime.outputs import (
     StreamChunk,
 )
 from hayate.runtime.sampler import SamplingRow
-from hayate.runtime.sequence import Sequence
+from hayate.runtime.sequence import ImageSpan, Sequence
 from hayate.runtime.stopping import StopChecker
 
 
@@ -26,6 +28,28 @@ class Sample:
     row: SamplingRow  # shares the sequence's `output_ids`
     stops: StopChecker
     output: CompletionOutput
+
+
+@dataclass(eq=False)
+class RequestImage:
+    """An image that a request's prompt shows, and the spans of its pictures, which get the embeddings."""
+
+    image: PromptImage
+    spans: list[ImageSpan]
+
+    @classmethod
+    def of(cls, image: PromptImage) -> RequestImage:
+        ends = [start + image.num_tokens for start in image.starts]
+        spans = zip(image.starts, ends, strict=True)
+        return cls(image, [ImageSpan(*span, image.digest, i) for i, span in enumerate(spans)])
+
+    @property
+    def digest(self) -> bytes:
+        return self.image.digest
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.spans[0].embeddings is not None
 
 
 @dataclass(eq=False)
@@ -46,10 +70,24 @@ class Request:
     first_token: float | None = None
     end: float | None = None
     error: BaseException | None = None  # why a sample of it failed: the first such error
+    images: list[RequestImage] = field(default_factory=list)  # until they are encoded
+    image_open_time: float = 0.0  # seconds
+    # Preprocessing and encoding of its images, a pair for each batch of them.
+    image_work: list[tuple[Stopwatch, Stopwatch]] = field(default_factory=list)
+    _image_seconds: tuple[float, float] = (0.0, 0.0)
 
     @property
     def finished(self) -> bool:
         return all(s.output.finish_reason is not None for s in self.samples)
+
+    def begin(self) -> None:
+        """The first token has come."""
+        self.first_token = time.perf_counter()
+        # So all work on its images is done. Read now: later the GPU may be gone.
+        self._image_seconds = (
+            sum(preprocessing.seconds() for preprocessing, _ in self.image_work),
+            sum(encoding.seconds() for _, encoding in self.image_work),
+        )
 
     def close(
         self, sample: Sample, reason: FinishReason, error: BaseException | None = None
@@ -89,6 +127,9 @@ class Request:
             num_generated_tokens=sum(len(s.output.token_ids) for s in self.samples),
             time_to_first_token=(self.first_token or end) - self.arrival,
             total_time=end - self.arrival,
+            image_open_time=self.image_open_time,
+            image_preprocess_time=self._image_seconds[0],
+            image_encode_time=self._image_seconds[1],
         )
         return RequestOutput(
             self.prompt, self.prompt_ids, [s.output for s in self.samples], metrics, self.error

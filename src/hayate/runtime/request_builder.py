@@ -14,9 +14,16 @@ from typing import Any, cast
 from hayate.config import EnginePlan
 from hayate.errors import UsageError
 from hayate.models.config import ModelConfig
+from hayate.runtime.conversation import (
+    Conversation,
+    Messages,
+    check_preprocessor_config,
+    read_conversation,
+)
 from hayate.runtime.outputs import CompletionOutput
-from hayate.runtime.request import Request, Sample
+from hayate.runtime.request import Request, RequestImage, Sample
 from hayate.runtime.sampling_row import SamplingRow
+from hayate.runtime.sequence import ImageSpan
 from hayate.runtime.sequence import Sequence as TokenSequence
 from hayate.runtime.stopping import StopChecker
 from hayate.runtime.structured import GrammarCompiler
@@ -25,8 +32,7 @@ from hayate.text.chat_template import ChatTemplate
 from hayate.text.detokenizer import IncrementalDetokenizer
 from hayate.text.tokenizer import GenerationDefaults, Tokenizer
 
-Prompt = str | Sequence[int]
-Messages = Sequence[dict[str, Any]]
+Prompt = str | Sequence[int] | Conversation
 Params = SamplingParams | Sequence[SamplingParams] | None
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the samples of one request have distinct seeds
 
@@ -47,6 +53,8 @@ class RequestBuilder:
         if folder is not None:
             self.tokenizer = Tokenizer(folder)
             self.defaults = GenerationDefaults.from_folder(folder, config.eos_token_ids)
+            if config.vision is not None:
+                check_preprocessor_config(folder, config.vision)
         self._grammars: GrammarCompiler | None = None  # made when first needed
         self._lock = threading.Lock()
 
@@ -88,16 +96,15 @@ class RequestBuilder:
     ) -> Request:
         """priority: lower runs earlier. timeout: seconds from now, after which the request ends as it is."""
         arrival = time.perf_counter()
-        text: str | None = None
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError("this model has no tokenizer; give token ids instead of text")
-            text, ids = prompt, self.tokenizer.encode(prompt)
+            prompt = Conversation(prompt, self.tokenizer.encode(prompt))
         elif isinstance(prompt, Iterable):
-            ids = list(prompt)
-        else:
+            prompt = Conversation(None, list(prompt))
+        elif not isinstance(prompt, Conversation):
             raise UsageError(f"a prompt is a text or a list of token ids, not {prompt!r}")
-        return self._request(text, ids, params, arrival, priority, timeout)
+        return self._request(prompt, params, arrival, priority, timeout)
 
     def of_messages(
         self,
@@ -106,13 +113,41 @@ class RequestBuilder:
         *,
         priority: int = 0,
         timeout: float | None = None,
+        max_slices: int | None = None,
     ) -> Request:
-        """The next turn of a conversation; messages are {"role": ..., "content": ...}."""
+        """The next turn of a conversation; messages are {"role": ..., "content": ...}, as `LLM.chat` describes them.
+
+        max_slices: most tiles an image is cut into; default: the checkpoint's. Raises ImageError for an image that
+        cannot be read.
+        """
         arrival = time.perf_counter()
-        text = self.chat_template.render(messages, add_generation_prompt=True)
+        conversation = self.read(messages, max_slices=max_slices)
+        return self._request(conversation, params, arrival, priority, timeout)
+
+    def read(
+        self,
+        messages: Messages,
+        *,
+        max_slices: int | None = None,
+        files: bool = True,
+        **variables: Any,
+    ) -> Conversation:
+        """Messages as a prompt: opens their images, so it takes time.
+
+        files: read images from paths; False for messages of strangers. variables: for the chat template.
+        """
+        template = self.chat_template
         assert self.tokenizer is not None
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return self._request(text, ids, params, arrival, priority, timeout)
+        return read_conversation(
+            messages,
+            self.tokenizer,
+            template,
+            self.config.vision,
+            max_len=self.plan.max_model_len,
+            max_slices=max_slices,
+            files=files,
+            **variables,
+        )
 
     def checked_ids(self, ids: list[int]) -> list[int]:
         """`ids` as ints of the vocabulary, at least one."""
@@ -131,8 +166,7 @@ class RequestBuilder:
 
     def _request(
         self,
-        text: str | None,
-        ids: list[int],
+        prompt: Conversation,
         params: SamplingParams | None,
         arrival: float,
         priority: int,
@@ -143,7 +177,7 @@ class RequestBuilder:
         if timeout is not None and not timeout > 0:
             raise UsageError(f"timeout must be a number of seconds above 0; it is {timeout!r}")
         resolved = (params or SamplingParams()).resolved(self.defaults)
-        ids = self.checked_ids(ids)
+        ids = self.checked_ids(prompt.ids)
         limit = self.plan.max_model_len
         if len(ids) >= limit:
             raise UsageError(
@@ -154,17 +188,27 @@ class RequestBuilder:
         room = limit - len(ids)
         resolved = dataclasses.replace(resolved, max_tokens=min(resolved.max_tokens or room, room))
         seed = resolved.seed if resolved.seed is not None else secrets.randbits(63)
+        images = [RequestImage.of(image) for image in prompt.images]
+        spans = [span for image in images for span in image.spans]
         return Request(
-            text,
+            prompt.text,
             ids,
-            [self._sample(ids, resolved, seed, i, priority) for i in range(resolved.n)],
+            [self._sample(ids, resolved, seed, i, priority, spans) for i in range(resolved.n)],
             priority=priority,
             deadline=None if timeout is None else arrival + timeout,
             arrival=arrival,
+            images=images,
+            image_open_time=prompt.open_time,
         )
 
     def _sample(
-        self, ids: list[int], params: SamplingParams, seed: int, index: int, priority: int
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        index: int,
+        priority: int,
+        spans: Sequence[ImageSpan],
     ) -> Sample:
         sequence = TokenSequence(
             ids,
@@ -172,6 +216,7 @@ class RequestBuilder:
             self.plan.max_model_len,
             (seed + index * _SEED_STEP) % 2**63,
             priority=priority,
+            spans=spans,
         )
         detokenizer = None
         if self.tokenizer is not None:
@@ -187,7 +232,8 @@ class RequestBuilder:
             SamplingRow(
                 params,
                 sequence.seed,
-                ids,
+                # The repetition penalty of such a model is over its output, as its own code does it.
+                ids if self.config.vision is None else (),
                 sequence.output_ids,
                 frozenset(stop_ids),
                 matcher=matcher,
@@ -209,7 +255,7 @@ class RequestBuilder:
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Conversation):
         return [prompts]
     if len(prompts) and hasattr(prompts[0], "__index__"):
         return [cast(Prompt, prompts)]

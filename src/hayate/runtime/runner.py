@@ -44,7 +44,7 @@ class Runner:
         self.graphs = self.recordings = None
         if self.device.type == "cuda":
             self.graphs = Graphs(model, plan, self.kv, self.rope, self.rows)
-        else:
+        elif plan.tensor_parallel == 1:  # a recording cannot hold sums over processes
             self.recordings = Recordings(model, plan, self.kv, self.rope, self.rows)
 
     @torch.inference_mode()

@@ -98,8 +98,8 @@ class Scheduler:
 
     # -- coming and going -------------------------------------------------------------------------
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. OutOfMemory if it could outgrow the cache even alone."""
+    def check_fits(self, sequence: Sequence) -> None:
+        """OutOfMemory if a new sequence could outgrow the cache even alone."""
         capacity = self.pages.num_pages * self.pages.page_size
         if sequence.limit - 1 > capacity:
             raise OutOfMemory(
@@ -107,6 +107,10 @@ class Scheduler:
                 f"places of the KV cache, which holds {capacity} in all; shorten the prompt, lower max_tokens or "
                 "raise --kv-memory"
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence; `check_fits` applies."""
+        self.check_fits(sequence)
         sequence.order = self._num_added
         self._num_added += 1
         self._wait(sequence)

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from itertools import chain
 
 import numpy as np
+import torch
 
 from hayate.models.batch import Batch
 from hayate.models.rope_table import RopeTable
@@ -44,6 +45,7 @@ def build_batch(
     prompt_lens = np.array([len(s.prompt_ids) for s in sequences])
     cos_sin, rope_rows = rope.rows(positions, begins, ends, prompt_lens)
     unknown = [i for i, s in enumerate(sequences) if s.num_in_flight]
+    shown, embeddings = _embeddings(sequences, begins.tolist(), ends.tolist(), cu_seqlens.tolist())
     arrays = [
         _token_ids(sequences, begins.tolist(), ends.tolist(), T),
         rope_rows,
@@ -54,10 +56,12 @@ def build_batch(
         _output_rows(cu_seqlens, output_counts),
         cu_seqlens[unknown].astype(np.int64),
         row_of[unknown],
+        shown,
     ]
-    token_ids, rope_there, slots_there, starts, seq_lens, row_index, outputs, target, source = (
-        upload(arrays, device)
+    token_ids, rope_there, slots_there, starts, seq_lens, row_index, outputs, *rest = upload(
+        arrays, device
     )
+    target, source, shown_there = rest
     if unknown:
         token_ids.index_copy_(0, target, rows.tokens.index_select(0, source).clamp_(min=0))
     width = -(-int(ends.max()) // B)
@@ -75,6 +79,8 @@ def build_batch(
         v_caches=kv.v,
         output_rows=None if len(outputs) == T else outputs,
         num_decode=num_decode if num_decode < S else 0,
+        embedding_rows=shown_there if embeddings else None,
+        embedding_values=torch.cat(embeddings) if embeddings else None,
     )
 
 
@@ -92,6 +98,20 @@ def _token_ids(
 ) -> np.ndarray:
     spans = map(next_tokens, sequences, begins, ends)
     return np.fromiter(chain.from_iterable(spans), np.int64, num_tokens)
+
+
+def _embeddings(
+    sequences: Seq[Sequence], begins: list[int], ends: list[int], cu_seqlens: list[int]
+) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """The rows of the step's tokens that show pictures, and the embeddings there, in pieces, in the same order."""
+    rows, pieces = [np.zeros(0, np.int64)], []
+    for sequence, begin, end, row in zip(sequences, begins, ends, cu_seqlens, strict=False):
+        for span in sequence.spans_in(begin, end):
+            first, last = max(span.start, begin), min(span.end, end)
+            assert span.embeddings is not None, "scheduled before its images were encoded"
+            rows.append(np.arange(first, last) + (row - begin))
+            pieces.append(span.embeddings[first - span.start : last - span.start])
+    return np.concatenate(rows), pieces
 
 
 def _output_rows(cu_seqlens: np.ndarray, output_counts: Seq[int]) -> np.ndarray:

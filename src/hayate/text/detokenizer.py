@@ -80,13 +80,14 @@ class _ByteLevelStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, tokens: Iterable[str]) -> str:
-        return "".join(self._utf8.decode(_token_bytes(token)) for token in tokens)
+        return "".join(self._utf8.decode(token_bytes(token)) for token in tokens)
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
 
 
-def _token_bytes(token: str) -> bytes:
+def token_bytes(token: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary, as that writes it."""
     try:
         return bytes([_BYTE_OF[char] for char in token])
     except KeyError:

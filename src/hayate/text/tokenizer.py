@@ -177,13 +177,7 @@ class Tokenizer:
         Raises:
             UsageError: `text` has a lone surrogate, which no UTF-8 text contains.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the text is not valid Unicode at character {error.start}: {error.reason}; "
-                "give it as UTF-8"
-            ) from error
+        _check_unicode(text)
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         bos = self.bos_token_id
         if add_special_tokens and bos is not None:
@@ -193,6 +187,28 @@ class Tokenizer:
                 ids = ids[1:]
         return ids
 
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The special tokens as they are written, the longest first."""
+        texts = (self.backend.id_to_token(token_id) for token_id in self.special_ids)
+        return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
+
+    @cached_property
+    def _text_backend(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    def encode_as_text(self, text: str) -> list[int]:
+        """Token ids of `text` and nothing around it; a special token written out in it stays ordinary text.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        _check_unicode(text)
+        ids: list[int] = self._text_backend.encode(text, add_special_tokens=False).ids
+        return ids
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids outside the vocabulary (padding of the embedding) give none."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -200,6 +216,16 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it (not decoded); None for an id outside it."""
         return self.backend.id_to_token(token_id)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text is not valid Unicode at character {error.start}: {error.reason}; "
+            "give it as UTF-8"
+        ) from error
 
 
 @dataclass(frozen=True)

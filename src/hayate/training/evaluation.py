@@ -13,17 +13,23 @@ from hayate.kernels import training as ops
 from hayate.text.tokenizer import Tokenizer
 from hayate.training.config import TrainConfig
 from hayate.training.forward import TrainingBatch, TrainingModel
+from hayate.training.parallel import World
 from hayate.training.token_file import TokenFile
 from hayate.training.token_stream import TokenStream
 
 
 class Evaluator:
-    """Evaluates always on the same windows: the first of each held-out file."""
+    """Evaluates always on the same windows: the first of each held-out file, shared among the processes."""
 
     def __init__(
-        self, model: TrainingModel, files: Sequence[TokenFile], config: TrainConfig, tokenizer: Path
+        self,
+        model: TrainingModel,
+        files: Sequence[TokenFile],
+        config: TrainConfig,
+        tokenizer: Path,
+        world: World,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.world = model, config, world
         L = config.batch.sequence_length
         self.streams = [
             TokenStream([file], sequence_length=L, shuffle=False)
@@ -33,7 +39,7 @@ class Evaluator:
         self.tokenizer = Tokenizer(tokenizer) if config.eval.prompts else None
 
     def run(self, step: int) -> list[dict[str, Any]]:
-        """Rows for the log: one a held-out file, one a prompt."""
+        """Rows for the log: one a held-out file, one a prompt. Called by all processes; the first continues prompts."""
         rows = []
         for stream in self.streams:
             loss, num_targets = self._loss(stream)
@@ -47,7 +53,7 @@ class Evaluator:
                     "targets": num_targets,
                 }
             )
-        for prompt in self.config.eval.prompts:
+        for prompt in self.config.eval.prompts if self.world.is_first else ():
             rows.append(
                 {"kind": "sample", "step": step, "prompt": prompt, "text": self._continue(prompt)}
             )
@@ -60,13 +66,15 @@ class Evaluator:
         wanted = max(config.eval.tokens // config.batch.sequence_length, 1)
         count = min(wanted, stream.num_sequences)
         total, num_targets = torch.zeros((), dtype=torch.float64, device=device), 0
-        for window in range(count):
+        for window in range(self.world.rank, count, self.world.size):
             batch = stream.batch(window, 1)
             on_device = TrainingBatch.of(batch, device)
             hidden, _ = self.model.hidden_states(on_device)
             losses = ops.linear_cross_entropy_per_token(hidden, self.model.head, on_device.targets)
             total += losses.double().sum()
             num_targets += batch.num_targets
+        self.world.sum_([total])
+        num_targets = self.world.sum_on_host(num_targets)
         return float(total) / max(num_targets, 1), num_targets
 
     @torch.no_grad()

@@ -21,9 +21,12 @@ from hayate.training.loss import LossParts, StepLoss, StepSize
 from hayate.training.metrics import MetricsLog, peak_matrix_rate, training_flops_per_token
 from hayate.training.model_source import config_json, load_weights, new_model
 from hayate.training.optimizer import Optimizer
+from hayate.training.parallel import World
 from hayate.training.prepare import TRAIN_FILE, VALIDATION_FILE
 from hayate.training.schedule import learning_rate_share
-from hayate.training.state import Checkpointer, SavedStep, find_checkpoints, load_tensors
+from hayate.training.sharded_parameters import ShardedParameters
+from hayate.training.sliced_state import StateSlice
+from hayate.training.state import Checkpointer, SavedStep, find_checkpoints, load_state
 from hayate.training.token_file import TokenFile
 from hayate.training.token_stream import TokenStream
 
@@ -47,9 +50,9 @@ class Trainer:
 
     Args:
         config: of the run.
-        device: where it trains.
+        world: where it trains, and with which other processes; each makes its own Trainer.
         resume: go on from the newest checkpoint in `config.output` (UsageError when there is none).
-        report: called with each row that also goes to metrics.jsonl.
+        report: called with each row that also goes to metrics.jsonl, in the first process.
 
     Raises UsageError for what does not fit together, before anything is drawn or written.
     """
@@ -58,11 +61,13 @@ class Trainer:
         self,
         config: TrainConfig,
         *,
-        device: torch.device,
+        world: World,
         resume: bool = False,
         report: Report | None = None,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.world, self.device = config, world, world.device
+        device = world.device
+        self._check_shares()
         self.run = Path(config.output)
         self.report = report or (lambda row: None)
         self.progress = Progress()
@@ -84,13 +89,14 @@ class Trainer:
             self.loss = StepLoss(self.training_model, config.loss)
             if saved is not None:
                 load_weights(self.model, saved.folder)
+            self.shards = ShardedParameters(self.model, world) if world.size > 1 else None
             self.optimizer = Optimizer(
-                self.model, config.optimizer, config.precision, seed=config.seed
+                self.model, config.optimizer, config.precision, seed=config.seed, shards=self.shards
             )
             if saved is not None:
                 self._restore(saved)
         self.evaluator = Evaluator(
-            self.training_model, self._validation_files(), config, self.data_folder
+            self.training_model, self._validation_files(), config, self.data_folder, world
         )
         self.checkpointer = Checkpointer(
             self.run,
@@ -98,12 +104,21 @@ class Trainer:
             config_json=fields | {"torch_dtype": config.precision.dtype},
             tokenizer=self.data_folder,
             keep=config.checkpoint.keep,
+            world=world,
         )
         self.flops_per_token = training_flops_per_token(
             self.model.config, config.batch.sequence_length
         )
 
     # -- setting up -------------------------------------------------------------------------------
+
+    def _check_shares(self) -> None:
+        batch, size = self.config.batch, self.world.size
+        if self.config.sequences_per_step % size:
+            raise UsageError(
+                f"batch.tokens_per_step {batch.tokens_per_step} is {self.config.sequences_per_step} sequences, which "
+                f"{size} processes cannot share evenly; make it a multiple of {size * batch.sequence_length}"
+            )
 
     def _saved(self, resume: bool) -> SavedStep | None:
         found = find_checkpoints(self.run)
@@ -143,15 +158,16 @@ class Trainer:
             return None
         return torch.zeros(config.num_layers, config.moe.num_experts, device=self.device)
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        state = self.optimizer.tensors()
-        state["load_shares"] = self.loss.load_shares
+    def _state(self) -> dict[str, StateSlice]:
+        """The state of this process. What the loss remembers is everybody's."""
+        state = self.optimizer.state()
+        state["load_shares"] = StateSlice.whole(self.loss.load_shares)
         if self.training_model.selection_biases is not None:
-            state["selection_biases"] = self.training_model.selection_biases
+            state["selection_biases"] = StateSlice.whole(self.training_model.selection_biases)
         return state
 
     def _restore(self, saved: SavedStep) -> None:
-        load_tensors(saved.folder, self._state())
+        load_state(saved.folder, self._state())
         self.optimizer.num_steps = saved.optimizer_steps
         self.progress.step = saved.step
 
@@ -160,19 +176,34 @@ class Trainer:
     def train(self) -> str:
         """Run to the last step, or until a signal. Returns why it ended: "finished" or the signal's name."""
         config, progress = self.config, self.progress
-        log = MetricsLog(self.run, config.log, from_step=progress.step)
-        try:
-            with self._signals(), device_errors(self.device, doing="training"), self._determinism():
-                while progress.step < config.schedule.num_steps and not progress.stop_reason:
-                    self._step(log)
-                if progress.step % max(config.checkpoint.every, 1) or not config.checkpoint.every:
-                    self._save()
+        first = progress.step
+        advice = f"start the run again, with --resume if {self.run} holds a checkpoint"
+        with contextlib.ExitStack() as stack:
+            log = None
+            if self.world.is_first:
+                log = MetricsLog(self.run, config.log, from_step=first)
+                stack.callback(log.close)
+            stack.enter_context(self._signals())
+            stack.enter_context(self.world.peer_errors(advice))
+            stack.enter_context(device_errors(self.device, doing="training"))
+            stack.enter_context(self._determinism())
+            while progress.step < config.schedule.num_steps and not self._stopped():
+                self._step(log)
+            every = config.checkpoint.every
+            if progress.step > first and (not every or progress.step % every):
+                self._save()
             self.checkpointer.wait()
-        finally:
-            log.close()
         return progress.stop_reason or "finished"
 
-    def _step(self, log: MetricsLog) -> None:
+    def _stopped(self) -> bool:
+        """Whether a signal has come, to any of the processes: all end after the same step."""
+        reason = self.progress.stop_reason
+        number = self.world.max_on_host(signal.Signals[reason] if reason else 0)
+        if number:
+            self.progress.stop_reason = signal.Signals(number).name
+        return number > 0
+
+    def _step(self, log: MetricsLog | None) -> None:
         config, progress = self.config, self.progress
         begin = time.perf_counter()
         parts = self._gradients(progress.step)
@@ -198,15 +229,23 @@ class Trainer:
             self._save()
 
     def _gradients(self, step: int) -> LossParts:
-        """The gradients of one step, summed over its micro-batches."""
+        """The gradients of one step, summed over its micro-batches, and over processes those of `optimizer.slices`."""
         config = self.config
-        size, micro = config.sequences_per_step, config.sequences_per_micro_batch
-        whole = self.stream.batch(step, size)
-        total = StepSize(whole.num_targets, config.batch.tokens_per_step)
+        world, micro = self.world, config.sequences_per_micro_batch
+        size = config.sequences_per_step
+        share = self.stream.batch(step, size, rank=world.rank, num_ranks=world.size)
+        num_targets = world.sum_on_host(share.num_targets)
+        total = StepSize(num_targets, config.batch.tokens_per_step)
         parts = LossParts.zeros(self.loss.num_sparse, self.loss.num_experts, self.device)
+        size = size // world.size
         for begin in range(0, size, micro):
+            if self.shards is not None and begin + micro >= size:
+                self.shards.begin_reduction()
             rows = slice(begin, begin + micro)
-            self.loss.backward(TrainingBatch.of(whole[rows], self.device), total, parts)
+            self.loss.backward(TrainingBatch.of(share[rows], self.device), total, parts)
+        if self.shards is not None:
+            self.shards.end_reduction()
+        world.sum_(parts.tensors())
         return parts
 
     def _guard(self, norm: float, made: bool) -> None:
@@ -230,9 +269,10 @@ class Trainer:
 
     # -- figures ----------------------------------------------------------------------------------
 
-    def _write(self, log: MetricsLog, row: dict[str, Any]) -> None:
-        log.write(row)
-        self.report(row)
+    def _write(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(row)
+            self.report(row)
 
     def _train_row(self, loss: float, norm: float, lr: float, parts: LossParts) -> dict[str, Any]:
         progress = self.progress
@@ -249,7 +289,7 @@ class Trainer:
         }
         peak = peak_matrix_rate(self.device)
         if peak is not None:
-            row["mfu"] = rate * self.flops_per_token / peak
+            row["mfu"] = rate * self.flops_per_token / (peak * self.world.size)
         memory = peak_memory_bytes(self.device)
         row["peak_memory"] = memory.get("device", memory["host"])
         if self.loss.num_sparse:
@@ -273,10 +313,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+        """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once.
+
+        Of several processes each may get the signal twice, from the terminal and from their launcher, which also
+        kills those that do not end.
+        """
 
         def stop(number: int, frame: object) -> None:
             if self.progress.stop_reason:
+                if self.world.size > 1:
+                    return
                 raise KeyboardInterrupt
             self.progress.stop_reason = signal.Signals(number).name
 

@@ -20,7 +20,7 @@ micro-batches, accumulation, number of processes or recomputation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -40,7 +40,10 @@ class StepSize:
 
 @dataclass
 class LossParts:
-    """Sums over the micro-batches of a step so far, on the device; `cross_entropy` and the rest are as in `loss`."""
+    """Sums over the micro-batches of a step so far, on the device; `cross_entropy` and the rest are as in `loss`.
+
+    Summed over processes they are the step's.
+    """
 
     cross_entropy: Tensor  # scalar
     aux: Tensor  # scalar, 1 when balanced, whatever is optimised
@@ -54,6 +57,9 @@ class LossParts:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         return cls(zeros(), zeros(), zeros(), zeros(num_layers, num_experts), zeros(num_layers))
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]
 
 
 class StepLoss:

@@ -40,6 +40,8 @@ class MetricsLog:
     """Appends to metrics.jsonl; a run that goes on drops lines of steps it will repeat."""
 
     def __init__(self, run: Path, config: LogSection, *, from_step: int) -> None:
+        self._tensorboard = _tensorboard(run) if config.tensorboard else None
+        self._wandb = _wandb(run, config.wandb) if config.wandb else None
         run.mkdir(parents=True, exist_ok=True)
         self.path = run / METRICS_FILE
         kept = [row for row in read_metrics(self.path) if row["step"] <= from_step]
@@ -47,8 +49,6 @@ class MetricsLog:
         work.write_text("".join(json.dumps(row) + "\n" for row in kept))
         work.replace(self.path)
         self._stream: TextIO = self.path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(run) if config.tensorboard else None
-        self._wandb = _wandb(run, config.wandb) if config.wandb else None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One line: "kind", "step" and figures."""
@@ -104,7 +104,9 @@ def _tensorboard(run: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UsageError("log.tensorboard needs the package tensorboard") from None
+        raise UsageError(
+            "log.tensorboard needs the package tensorboard; install it, or leave the option out"
+        ) from None
     return SummaryWriter(str(run / "tensorboard"))
 
 
@@ -112,5 +114,7 @@ def _wandb(run: Path, project: str) -> Any:
     try:
         import wandb  # type: ignore[import-not-found]
     except ImportError:
-        raise UsageError("log.wandb needs the package wandb") from None
+        raise UsageError(
+            "log.wandb needs the package wandb; install it and run `wandb login`, or leave the option out"
+        ) from None
     return wandb.init(project=project, dir=str(run), name=run.name, resume="allow")

@@ -19,7 +19,7 @@ from hayate.checkpoint.reader import load
 from hayate.errors import UsageError
 from hayate.models.config import ModelConfig
 from hayate.models.decoder import CausalLM, build_model
-from hayate.models.families import parse_config
+from hayate.models.families import load_config, parse_config
 from hayate.models.presets import PRESETS
 from hayate.models.weights import IGNORED_TENSORS, placements
 from hayate.training.config import ModelSection
@@ -35,6 +35,11 @@ def config_json(section: ModelSection, vocab_size: int) -> dict[str, Any]:
     if section.init_from is not None:
         folder = resolve_model(section.init_from, None)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if fields.get("quantization_config") is not None:
+            raise UsageError(
+                f"model.init_from {section.init_from}: its weights are quantised, and cannot be trained; name the "
+                "checkpoint it was made from"
+            )
     else:
         if section.preset not in PRESETS:
             raise UsageError(
@@ -49,6 +54,9 @@ def config_json(section: ModelSection, vocab_size: int) -> dict[str, Any]:
             eos_token_id=2,
             tie_word_embeddings=fields.get("tie_word_embeddings", False),
         )
+    fields.pop(
+        "dtype", None
+    )  # how newer files spell torch_dtype, which a checkpoint sets to its own
     if section.max_position_embeddings is not None:
         fields["max_position_embeddings"] = section.max_position_embeddings
     if fields["vocab_size"] < vocab_size:
@@ -60,7 +68,11 @@ def config_json(section: ModelSection, vocab_size: int) -> dict[str, Any]:
 
 
 def model_config(fields: dict[str, Any]) -> ModelConfig:
-    return parse_config(ConfigReader(fields, file="config.json"))
+    """What is trained. UsageError for models that only run: those with a vision tower."""
+    config = parse_config(ConfigReader(fields, file="config.json"))
+    if config.vision is not None:
+        raise UsageError(f"{config.architecture} cannot be trained, only text models can")
+    return config
 
 
 def new_model(
@@ -78,6 +90,13 @@ def new_model(
     else:
         _draw(model, seed, section.init_std)
     return model.train().requires_grad_(True)
+
+
+def open_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    """The decoder of the checkpoint in `folder`, with its weights, no gradients wanted."""
+    model = build_model(load_config(folder), device=device, dtype=dtype)
+    load_weights(model, folder)
+    return model
 
 
 def load_weights(model: CausalLM, folder: Path) -> None:

@@ -10,11 +10,8 @@ from hayate.errors import UsageError
 from hayate.training.metrics import METRICS_FILE, read_metrics
 
 
-def plot_runs(runs: Sequence[Path], output: Path) -> None:
-    """Loss (training and held out), learning rate and router load of `runs` into the PNG file `output`.
-
-    Raises UsageError when a folder holds no metrics, or matplotlib is not installed.
-    """
+def open_pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files. UsageError when it is not installed."""
     try:
         import matplotlib
 
@@ -22,6 +19,15 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise UsageError("drawing needs matplotlib; install hayate[train]") from None
+    return pyplot
+
+
+def plot_runs(runs: Sequence[Path], output: Path) -> None:
+    """Loss (training and held out), learning rate and router load of `runs` into the PNG file `output`.
+
+    Raises UsageError when a folder holds no metrics, or matplotlib is not installed.
+    """
+    pyplot = open_pyplot()
     figure, axes = pyplot.subplots(3, 1, figsize=(9, 11), sharex=True, constrained_layout=True)
     for run in runs:
         rows = read_metrics(run / METRICS_FILE)

@@ -1,11 +1,12 @@
 """Checkpoints of a run: written whole or not at all, while training goes on, and read back bit for bit.
 
     RUN/step-00000500/            a Hugging Face folder: config.json, model.safetensors, the tokenizer
-        optimizer/                model.safetensors: "<state>.<parameter>", and what the loss remembers
+        optimizer/                torch.distributed.checkpoint: "<state>.<parameter>", and what the loss remembers
         training.json             step and the resolved configuration
 
 A checkpoint is written to a neighbour of another name, flushed to the disk and renamed; older ones are removed only
-after that. So whenever the process dies the newest complete checkpoint stays.
+after that. So whenever the process dies the newest complete checkpoint stays. Of several processes each writes its
+part of the optimizer's state, the first also the weights; all see the same folder.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hayate.checkpoint.index import Checkpoint
-from hayate.checkpoint.reader import load
 from hayate.checkpoint.writer import save
 from hayate.errors import ModelError
 from hayate.models.decoder import CausalLM
 from hayate.models.weights import placements
 from hayate.runtime.device import free_bytes
+from hayate.training.parallel import World
 from hayate.training.prepare import TOKENIZER_FILES
+from hayate.training.sliced_state import StateSlice, load_slices, save_slices
 
 STATE_FILE = "training.json"
 _NAME = re.compile(r"step-(\d+)")
@@ -62,9 +63,9 @@ def find_checkpoints(run: Path) -> list[SavedStep]:
     return sorted(found, key=lambda saved: saved.step)
 
 
-def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the optimizer's `tensors` from `folder`; ModelError when they are not exactly those saved."""
-    load(Checkpoint.open(folder / "optimizer"), tensors)
+def load_state(folder: Path, state: Mapping[str, StateSlice]) -> None:
+    """Fill `state` from the checkpoint in `folder`; ModelError when it does not fit."""
+    load_slices(folder / "optimizer", state)
 
 
 class Checkpointer:
@@ -82,7 +83,9 @@ class Checkpointer:
         config_json: dict[str, Any],
         tokenizer: Path | None,
         keep: int,
+        world: World,
     ) -> None:
+        self.world = world
         self.run, self.config, self.config_json = run, config, config_json
         self.tokenizer, self.keep = tokenizer, keep
         self.waits_for_disk = False
@@ -90,16 +93,22 @@ class Checkpointer:
         self._error: BaseException | None = None
 
     def save(
-        self, step: int, model: CausalLM, state: Mapping[str, Tensor], *, optimizer_steps: int
+        self, step: int, model: CausalLM, state: Mapping[str, StateSlice], *, optimizer_steps: int
     ) -> Path:
-        """Begin to write the checkpoint of `step`; raises what the one before failed with."""
+        """Begin to write the checkpoint of `step`; raises what the one before failed with. Called by all processes."""
         self.wait()
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
-        self.waits_for_disk = needed > 0.8 * free_bytes(torch.device("cpu"))
+        named = model.named_parameters() if self.world.is_first else ()
+        weights = {name: p.detach() for name, p in named}
+        tensors = (*weights.values(), *(s.data for s in state.values()))
+        needed = sum(t.numel() * t.element_size() for t in tensors)
+        room = free_bytes(torch.device("cpu")) / self.world.local_size
+        self.waits_for_disk = needed > 0.8 * room
         if not self.waits_for_disk:
             weights = {name: t.to("cpu", copy=True) for name, t in weights.items()}
-            state = {name: t.detach().to("cpu", copy=True) for name, t in state.items()}
+            state = {
+                name: replace(s, data=s.data.detach().to("cpu", copy=True))
+                for name, s in state.items()
+            }
         placed = placements(model.config)
         folder = self.run / f"step-{step:08d}"
         summary = {"step": step, "optimizer_steps": optimizer_steps, "config": self.config}
@@ -130,12 +139,38 @@ class Checkpointer:
             ) from error
 
     def _write(
-        self, folder: Path, summary: dict, weights: dict, placed: list, state: Mapping[str, Tensor]
+        self,
+        folder: Path,
+        summary: dict,
+        weights: dict,
+        placed: list,
+        state: Mapping[str, StateSlice],
     ) -> None:
         work = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        with self._together():
+            if self.world.is_first:
+                shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+                (work / "optimizer").mkdir(parents=True)
+        with self._together():
+            save_slices(work / "optimizer", state, self.world)
+        with self._together():
+            if self.world.is_first:
+                self._finish(work, folder, summary, weights, placed)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """All processes have done this, or all raise."""
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            elsewhere = self.world.any_failed(failed)
+        if elsewhere:
+            raise ModelError("another process of the run failed")
+
+    def _finish(self, work: Path, folder: Path, summary: dict, weights: dict, placed: list) -> None:
         save(weights, placed, work)
-        save(state, (), work / "optimizer")
         _write_json(work / "config.json", self.config_json)
         if self.tokenizer is not None:
             for name in TOKENIZER_FILES:

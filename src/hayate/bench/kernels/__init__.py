@@ -84,7 +84,7 @@ def run(
         "bench": "kernels",
         "dtype": str(on.dtype).removeprefix("torch."),
         "read_bandwidth_gbs": round(bandwidth / 1e9, 2),
-        "matmul_tflops": round(matmul / 1e12, 3),
+        "matmul_tflops": round(matmul / 1e12, 6),
         "kernels": rows,
         **environment(target),
     }

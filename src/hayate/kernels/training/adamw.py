@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hayate.errors import UsageError
 from hayate.kernels._triton import cdiv
+from hayate.kernels.training import cpu
 from hayate.kernels.training._dispatch import implementation
 from hayate.kernels.training.adamw_kernel import AdamWState, Member, Scalars, adamw_triton
 from hayate.kernels.training.quantization import (
@@ -102,6 +103,23 @@ def _adamw_reference(
     _write(state.second, scales[1], v, None if bits is None else bits >> 24)
 
 
+def _adamw_native(member: Member, scalars: Scalars, grad_scale: Tensor | None) -> None:
+    param, grad, state, weight_decay, _ = member
+    cpu.adamw(
+        param,
+        grad,
+        state.first,
+        state.second,
+        grad_scale,
+        beta1=scalars.beta1,
+        beta2=scalars.beta2,
+        eps=scalars.eps,
+        keep=1 - scalars.lr * weight_decay,
+        step_size=scalars.step_size,
+        unbias=scalars.unbias,
+    )
+
+
 def _check(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[AdamWState]) -> None:
     for param, grad, state in zip(params, grads, states, strict=True):
         if grad.shape != param.shape or state.first.numel() != param.numel():
@@ -127,6 +145,7 @@ def adamw_step(
     step: int,
     grad_scale: Tensor | None = None,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """One step of AdamW, as at the head of this file; params and states are changed in place.
 
@@ -139,6 +158,7 @@ def adamw_step(
         grad_scale: a scalar fp32 tensor on the device, by which gradients are multiplied (clipping).
         seed: of stochastic rounding; with the step and the element's number it gives the bits. Elements are
             numbered through `params`, each parameter from the next multiple of 256 on.
+        numbers: of the first element of each parameter, multiples of 256, where `params` are parts of something larger.
     """
     _check(params, grads, states)
     if not params:
@@ -147,12 +167,17 @@ def adamw_step(
         lr, beta1, beta2, eps, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     )  # in double
     sizes = [cdiv(p.numel(), BLOCK_SIZE) * BLOCK_SIZE for p in params]
-    numbers = accumulate(sizes[:-1], initial=0)
-    columns = zip(params, grads, states, weight_decay, numbers, strict=True)
+    first = accumulate(sizes[:-1], initial=0) if numbers is None else numbers
+    columns = zip(params, grads, states, weight_decay, first, strict=True)
     members = [Member(*row) for row in columns]
-    if implementation(params[0]) != "triton":
+    run = implementation(params[0])
+    if run != "triton":
         for member in members:
-            _adamw_reference(member, scalars, grad_scale, seed, step)
+            tensors = member.param, member.grad, member.state.first, member.state.second
+            if run == "native" and cpu.fits(*tensors):
+                _adamw_native(member, scalars, grad_scale)
+            else:
+                _adamw_reference(member, scalars, grad_scale, seed, step)
         return
     groups: dict[Any, list[Member]] = {}
     for m in members:

@@ -36,15 +36,19 @@ class AttentionTiles(NamedTuple):
     dkv: Tiles
 
 
-# By padded head width. With wgmma and 227 KB of shared memory for a program (9.0, 10.0), and without.
+# By padded head width. With wgmma and 227 KB of shared memory for a program (9.0); with tcgen05 and as much (10.0,
+# 11.0), where tiles of 128 keys spill; with neither, where 128 rows and a window spill on 12.0.
 _WIDE = {
     64: AttentionTiles(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2)),
     128: AttentionTiles(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
 }
+_TCGEN05 = _WIDE | {64: _WIDE[64]._replace(forward=Tiles(128, 64, 8, 2))}
 _NARROW = {
     64: AttentionTiles(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 128, 8, 2)),
     128: AttentionTiles(Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 1)),
 }
+_NARROW_12 = _NARROW | {128: _NARROW[128]._replace(forward=Tiles(64, 32, 4, 2))}
+_TABLES = {9: _WIDE, 10: _TCGEN05, 11: _TCGEN05, 12: _NARROW_12}  # by major compute capability
 _FP32 = AttentionTiles(*(Tiles(32, 32, 4, 1),) * 3)  # exact products, no tensor cores
 
 
@@ -52,7 +56,7 @@ def attention_tiles(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype
 ) -> AttentionTiles:
     """The tiles for a card of this compute capability. Raises UsageError beyond head width 128."""
-    table = _WIDE if capability[0] in (9, 10, 11) else _NARROW
+    table = _TABLES.get(capability[0], _NARROW)
     widths = [width for width in table if head_dim <= width]
     if not widths:
         raise UsageError(
@@ -267,9 +271,7 @@ def attention_forward(
 # Head widths, query and key heads, and whether there is a window, of the variants to compile.
 COMPILED = (
     (64, 12, 1, False),  # our MoE
-    (64, 12, 1, True),
-    (80, 32, 32, False),
-    (96, 32, 32, False),
+    (80, 32, 32, True),
     (128, 32, 8, False),
 )
 
@@ -282,7 +284,8 @@ def register_attention(name: str, kernel: Any, signature: dict[str, str]) -> Non
     for width, heads, kv_heads, window in COMPILED:
         for capability, min_cc, max_cc in (
             ((8, 0), 80, 89),
-            ((9, 0), 90, 100),
+            ((9, 0), 90, 90),
+            ((10, 0), 100, 100),
             ((12, 0), 120, 120),
         ):
             chosen = getattr(attention_tiles(capability, width, torch.bfloat16), name)

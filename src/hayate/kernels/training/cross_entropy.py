@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hayate.errors import UsageError
 from hayate.kernels._triton import launch, next_power_of_2, register_compile, tl, triton
+from hayate.kernels.training import cpu
 from hayate.kernels.training._dispatch import implementation
 
 __all__ = ["IGNORE", "linear_cross_entropy", "linear_cross_entropy_per_token"]
@@ -96,23 +97,21 @@ def _losses_triton(logits: Tensor, targets: Tensor, loss: Tensor, grad: Tensor |
     )
 
 
-def _losses_torch(logits: Tensor, targets: Tensor, loss: Tensor, grad: Tensor | None) -> None:
+def _losses_cpu(logits: Tensor, targets: Tensor, loss: Tensor, grad: Tensor | None) -> None:
+    """`grad` may be `logits` itself."""
+    if cpu.fits(logits, loss) and targets.is_contiguous():
+        cpu.cross_entropy(logits, targets, loss, with_grad=grad is not None)
+        if grad is not None and grad is not logits:
+            grad.copy_(logits)
+        return
     counts = targets != IGNORE
     index = torch.where(counts, targets, 0)[:, None]
-    p = grad if grad is not None and grad.dtype is torch.float32 else torch.empty_like(logits)
-    torch.softmax(logits, dim=1, out=p)
-    at_target = p.gather(1, index)[:, 0]
-    loss.copy_(-at_target.log() * counts)
-    # One pass gave all but the loss of the least likely targets.
-    rare = (at_target < 1e-30).nonzero()[:, 0]
-    if len(rare):
-        loss[rare] = F.cross_entropy(
-            logits[rare], targets[rare], ignore_index=IGNORE, reduction="none"
-        )
+    loss.copy_(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))
     if grad is not None:
+        p = torch.softmax(logits, dim=1)
         p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
         p.index_fill_(0, (~counts).nonzero()[:, 0], 0)
-        grad.copy_(p)  # nothing where it is p
+        grad.copy_(p)
 
 
 def _product_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -138,14 +137,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, head: Tensor, targets: Tensor, normalizer: float, with_grad: bool
     ) -> Tensor:
         x = x.contiguous()
-        losses_of = _losses_triton if implementation(x) == "triton" else _losses_torch
+        losses_of = _losses_triton if implementation(x) == "triton" else _losses_cpu
         loss = torch.empty(len(x), dtype=torch.float32, device=x.device)
         size = min(_chunks(x, head.shape[0]), max(len(x), 1))
         logits = torch.empty(size, len(head), dtype=torch.float32, device=x.device)
         dx = dhead = grad = None
+        exact = x.dtype is torch.float32
+        share = 1 / normalizer if exact else 1.0  # 16 bits might not hold so small a gradient
         if with_grad:
-            dx, grad = torch.empty_like(x), torch.empty_like(logits, dtype=x.dtype)
-            dhead = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
+            dx = torch.empty_like(x)
+            grad = logits if x.is_cpu and exact else torch.empty_like(logits, dtype=x.dtype)
+            dhead = torch.empty(head.shape, dtype=torch.float32, device=x.device)
+            if not len(x) or not exact:
+                dhead.zero_()
         for begin in range(0, len(x), size):
             rows = slice(begin, begin + size)
             count = len(x[rows])
@@ -153,19 +157,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = None if grad is None else grad[:count]
             losses_of(logits[:count], targets[rows], loss[rows], part)
             if part is not None and dx is not None and dhead is not None:
-                torch.mm(part, head, out=dx[rows])
-                if x.dtype is torch.float32:
-                    dhead.addmm_(part.T, x[rows])
+                torch.addmm(dx[rows], part, head, beta=0, alpha=share, out=dx[rows])
+                if exact:
+                    beta = int(begin > 0)
+                    torch.addmm(dhead, part.T, x[rows], beta=beta, alpha=share, out=dhead)
                 else:
                     dhead += _product_fp32(part.T, x[rows])
         ctx.save_for_backward(dx, dhead)
-        ctx.dtype, ctx.normalizer = head.dtype, normalizer
+        ctx.dtype, ctx.rest = head.dtype, 1.0 if exact else 1 / normalizer
         return loss.sum() / normalizer
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         dx, dhead = ctx.saved_tensors
-        scale = upstream / ctx.normalizer
+        if upstream.is_cpu and float(upstream) * ctx.rest == 1.0:
+            return dx, dhead.to(ctx.dtype), None, None, None
+        scale = upstream * ctx.rest
         return dx * scale, (dhead * scale).to(ctx.dtype), None, None, None
 
 
@@ -206,7 +213,7 @@ def linear_cross_entropy_per_token(x_TD: Tensor, head: Tensor, targets: Tensor) 
     if implementation(x_TD) == "reference":
         logits = F.linear(x_TD.float(), head.float())
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-    losses_of = _losses_triton if implementation(x_TD) == "triton" else _losses_torch
+    losses_of = _losses_triton if implementation(x_TD) == "triton" else _losses_cpu
     loss = torch.empty(len(x_TD), dtype=torch.float32, device=x_TD.device)
     size = _chunks(x_TD, head.shape[0])
     for begin in range(0, len(x_TD), size):

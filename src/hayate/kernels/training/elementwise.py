@@ -16,6 +16,7 @@ from torch import Tensor
 import hayate.kernels.elementwise as forward_kernels
 from hayate.errors import UsageError
 from hayate.kernels._triton import cdiv, launch, register_compile, tl, triton
+from hayate.kernels.training import cpu
 from hayate.kernels.training._dispatch import implementation
 from hayate.kernels.training.expert_rows import swiglu_backward
 
@@ -46,13 +47,15 @@ class _SiluAndMul(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor) -> Tensor:
         h = h.contiguous()
         ctx.save_for_backward(h)
-        return forward_kernels.silu_and_mul(h)
+        return cpu.swiglu(h) if cpu.fits(h) else forward_kernels.silu_and_mul(h)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
         if implementation(h) == "triton":
             return swiglu_backward(h, dy.contiguous())[0] if h.numel() else torch.empty_like(h)
+        if cpu.fits(h) and dy.dtype is h.dtype:
+            return cpu.swiglu_backward(h, dy.contiguous())[0]
         gate, up = h.float().chunk(2, dim=1)
         dy = dy.float()
         dh = torch.empty_like(h)

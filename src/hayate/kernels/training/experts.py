@@ -21,6 +21,7 @@ from torch import Tensor
 from hayate.errors import UsageError
 from hayate.kernels.elementwise import silu_and_mul
 from hayate.kernels.moe_grouped import sort_by_expert
+from hayate.kernels.training import cpu
 from hayate.kernels.training._dispatch import implementation
 from hayate.kernels.training.expert_rows import combine_rows, gather_rows, swiglu_backward
 from hayate.kernels.training.grouped_gemm import grouped_outer, grouped_rows
@@ -93,7 +94,7 @@ class _Experts(torch.autograd.Function):
 
 
 class _ExpertsInTurn(torch.autograd.Function):
-    """For the CPU: a product an expert, everything else on all rows at once; the outputs are kept too."""
+    """For the CPU: a product an expert, everything else on all rows at once."""
 
     @staticmethod
     def forward(
@@ -105,35 +106,64 @@ class _ExpertsInTurn(torch.autograd.Function):
         down: Tensor,
         recompute: bool,
     ) -> Tensor:
-        (T, A), (E, D, F_) = experts.shape, down.shape
+        (T, A), E = experts.shape, len(down)
         order = experts.flatten().argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(T * A))
         counts = experts.flatten().bincount(minlength=E).tolist()
         h = _products(x.index_select(0, order // A), gate_up.transpose(1, 2), counts)
-        act = F.silu(h[:, :F_]).mul_(h[:, F_:])
-        y = _products(act, down.transpose(1, 2), counts)
+        y = _products(_swiglu(h), down.transpose(1, 2), counts)
         saved_h = None if recompute else h
-        ctx.save_for_backward(x, weights, gate_up, down, order, place, saved_h, y)
+        ctx.save_for_backward(x, weights, gate_up, down, order, place, saved_h)
         ctx.counts = counts
-        return y.index_select(0, place).view(T, A, D).mul_(weights[..., None]).sum(1)
+        return _combine(y, place, A, weights.contiguous())
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Grads:
-        x, weights, gate_up, down, order, place, h, y = ctx.saved_tensors
-        (T, A), (_, D, F_), counts = weights.shape, down.shape, ctx.counts
+        x, weights, gate_up, down, order, place, h = ctx.saved_tensors
+        A, counts = weights.shape[1], ctx.counts
         x_sorted, dy = (z.index_select(0, order // A) for z in (x, dout))
         if h is None:
             h = _products(x_sorted, gate_up.transpose(1, 2), counts)
-        dweights = torch.linalg.vecdot(dy, y).to(weights.dtype).index_select(0, place).view(T, A)
-        dy *= weights.flatten().index_select(0, order)[:, None]
-        gate, up = h[:, :F_], h[:, F_:]
-        g, act, dh = _products(dy, down, counts), F.silu(gate), torch.empty_like(h)
-        torch.mul(g, act, out=dh[:, F_:])
-        torch.ops.aten.silu_backward.grad_input(g.mul_(up), gate, grad_input=dh[:, :F_])
-        ddown = _outer_products(dy, act.mul_(up), counts, down)
+        act = _products(dy, down, counts)  # then the weighted activation
+        dh, dweights = _swiglu_backward(h, act, order, weights.contiguous())
+        ddown = _outer_products(dy, act, counts, down)
         dgate_up = _outer_products(dh, x_sorted, counts, gate_up)
-        dx = _products(dh, gate_up, counts).index_select(0, place).view(T, A, D).sum(1)
+        dx = _combine(_products(dh, gate_up, counts), place, A, None)
         return dx, dweights, None, dgate_up, ddown, None
+
+
+def _swiglu(h: Tensor) -> Tensor:
+    if cpu.fits(h):
+        return cpu.swiglu(h)
+    gate, up = h.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_backward(
+    h: Tensor, g: Tensor, order: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`expert_rows.swiglu_backward` on the CPU."""
+    if cpu.fits(h, g, weights):
+        return cpu.swiglu_backward(h, g, order, weights)
+    (gate, up), dh = h.chunk(2, dim=1), torch.empty_like(h)
+    dgate, dup = dh.chunk(2, dim=1)
+    silu, weight = F.silu(gate), weights.flatten()[order, None]
+    act = silu * up
+    dweights = torch.empty_like(weights)
+    dweights.view(-1)[order] = torch.linalg.vecdot(g.float(), act.float()).to(weights.dtype)
+    wg = (g * weight).to(g.dtype)
+    dup.copy_(wg * silu)
+    dgate.copy_(torch.ops.aten.silu_backward(wg * up, gate))
+    g.copy_(act * weight)
+    return dh, dweights
+
+
+def _combine(y: Tensor, place: Tensor, num_active: int, weights: Tensor | None) -> Tensor:
+    """`expert_rows.combine_rows` on the CPU."""
+    if cpu.fits(y) and (weights is None or cpu.fits(weights)):
+        return cpu.combine_rows(y, place, num_active, weights)
+    rows = y.index_select(0, place).view(-1, num_active, y.shape[1])
+    return (rows if weights is None else rows * weights[..., None]).sum(1).to(y.dtype)
 
 
 def _products(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:

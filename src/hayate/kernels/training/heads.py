@@ -23,6 +23,7 @@ from hayate.kernels._triton import (
 )
 from hayate.kernels.norm import Norm
 from hayate.kernels.rope import rope_and_cache
+from hayate.kernels.training import cpu
 from hayate.kernels.training._dispatch import implementation
 
 __all__ = ["split_heads", "split_heads_reference"]
@@ -279,7 +280,7 @@ class _SplitHeads(torch.autograd.Function):
 
 
 class _SplitHeadsNative(torch.autograd.Function):
-    """For the CPU, without norm and clip: two passes over each half."""
+    """For the CPU, without norm and clip."""
 
     @staticmethod
     def forward(
@@ -288,6 +289,8 @@ class _SplitHeadsNative(torch.autograd.Function):
         H, G, K = heads
         ctx.save_for_backward(cos_sin, positions)
         ctx.heads = heads
+        if positions.dtype is torch.int64 and cpu.fits(qkv, cos_sin):
+            return cpu.split_heads(qkv, cos_sin, positions.contiguous(), H, G)
         q, k, v = qkv.view(len(qkv), H + 2 * G, K).split([H, G, G], dim=1)
         rows = cos_sin[positions]
         return (
@@ -300,6 +303,10 @@ class _SplitHeadsNative(torch.autograd.Function):
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         cos_sin, positions = ctx.saved_tensors
         H, G, K = ctx.heads
+        dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
+        if positions.dtype is torch.int64 and cpu.fits(dq, cos_sin):
+            dqkv = cpu.join_heads(dq, dk, dv, cos_sin, positions.contiguous())
+            return dqkv, None, None, None
         dqkv = dq.new_empty(len(positions), H + 2 * G, K)
         to_q, to_k, to_v = dqkv.split([H, G, G], dim=1)
         cos, sin = cos_sin[positions].chunk(2, dim=-1)

@@ -27,6 +27,7 @@ from hayate.kernels._triton import (
     triton,
 )
 from hayate.kernels.norm import Norm, apply_norm, apply_norm_reference
+from hayate.kernels.training import cpu
 from hayate.kernels.training._dispatch import implementation
 
 __all__ = ["norm"]
@@ -122,7 +123,9 @@ def _backward_triton(x: Tensor, dy: Tensor, norm: Norm) -> Gradients:
     return dx, dweight, dbias[0] if dbias else None
 
 
-def _backward_torch(x: Tensor, dy: Tensor, norm: Norm) -> Gradients:
+def _backward_cpu(x: Tensor, dy: Tensor, norm: Norm) -> Gradients:
+    if norm.kind == "rmsnorm" and cpu.fits(x, dy, norm.weight):
+        return *cpu.rmsnorm_backward(x, dy, norm.weight, norm.eps), None
     x, dy, weight = x.float(), dy.float(), norm.weight.float()
     if norm.kind == "layernorm1p":
         x, weight = x - x.mean(-1, keepdim=True), weight + 1
@@ -145,13 +148,15 @@ class _Norm(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x, weight, bias)
         ctx.options = kind, eps
+        if kind == "rmsnorm" and cpu.fits(x, weight):
+            return cpu.rmsnorm(x, weight, eps)
         return apply_norm(x, Norm(kind, weight, bias, eps))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         kind, eps = ctx.options
-        backward = _backward_triton if implementation(x) == "triton" else _backward_torch
+        backward = _backward_triton if implementation(x) == "triton" else _backward_cpu
         dx, dweight, dbias = backward(x, dy.contiguous(), Norm(kind, weight, bias, eps))
         return dx.to(x.dtype), dweight, dbias, None, None
 

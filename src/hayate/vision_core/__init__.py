@@ -1,0 +1,1 @@
+"""Images to structured answers: profiles say what is asked, `core.VisionCore` asks it."""
