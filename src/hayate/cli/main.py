@@ -33,7 +33,7 @@ INTERRUPTED = 130
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 defect · 2 wrong usage · 3 model not found or not valid · "
-    "4 device not available · 5 out of memory · 6 GPU fault · 130 interrupted."
+    "4 device not available · 5 out of memory · 6 GPU or process failed · 130 interrupted."
 )
 
 app = typer.Typer(
