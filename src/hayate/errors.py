@@ -65,6 +65,10 @@ class OutOfMemory(HayateError, MemoryError):
     exit_code = 5
 
 
+class RequestTooLarge(OutOfMemory):
+    """A request alone would need more than the engine has for all; the message says what to change."""
+
+
 class GpuFault(HayateError, RuntimeError):
     """A kernel failed on the GPU; the process must be restarted."""
 

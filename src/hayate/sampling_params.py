@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024  # characters of one stop string
+MAX_LOGIT_BIAS = 100.0  # OpenAI's range; far beyond it a logit would be inf in float32
+_MAX_ID_DIGITS = 20  # of a token id written as a string: int() refuses thousands
 MAX_SEED = 2**63 - 1
 
 
@@ -101,9 +104,9 @@ class SamplingParams:
     )
     presence_penalty: float = 0.0  # over the output
     frequency_penalty: float = 0.0  # over the output
-    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    logit_bias: dict[int, float] | None = None  # token id -> added to its logit; -100 to 100
     seed: int | None = None  # None = drawn anew
-    stop: tuple[str, ...] = ()  # a single string or any iterable of strings is accepted
+    stop: tuple[str, ...] = ()  # a string or an iterable of up to 64, of up to 1024 characters each
     stop_token_ids: tuple[int, ...] = ()
     max_tokens: int | None = None  # None = until the context is full
     min_tokens: int = 0  # nothing stops the sequence before
@@ -204,7 +207,7 @@ class SamplingParams:
 
 
 def _error(name: str, value: object, expected: str) -> UsageError:
-    return UsageError(f"{name} must be {expected}; it is {value!r}")
+    return UsageError(f"{name} must be {expected}; it is {value!r:.200}")
 
 
 def _text(name: str, value: object) -> str:
@@ -248,12 +251,14 @@ def _logit_bias(value: object) -> dict[int, float] | None:
         raise _error("logit_bias", value, "a mapping from token id to a number")
     result: dict[int, float] = {}
     for key, bias in value.items():
-        token_id = int(key) if isinstance(key, str) and key.isdecimal() else _integer(key)
+        written = isinstance(key, str) and key.isdecimal() and len(key) <= _MAX_ID_DIGITS
+        token_id = int(key) if written else _integer(key)
         number = _finite(bias)
         if token_id is None or token_id < 0:
             raise _error("logit_bias", key, "a mapping from token ids, 0 or above")
-        if number is None:
-            raise _error("logit_bias", bias, f"a finite number for token {token_id}")
+        if number is None or abs(number) > MAX_LOGIT_BIAS:
+            bounds = f"from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}"
+            raise _error("logit_bias", bias, f"a number {bounds} for token {token_id}")
         result[token_id] = number
     return result
 
@@ -270,6 +275,8 @@ def _stop_strings(value: object) -> tuple[str, ...]:
     for string in result:
         if not isinstance(string, str) or not string:
             raise _error("stop", string, "a string, or a list of strings, none of them empty")
+        if len(string) > MAX_STOP_LENGTH:
+            raise _error("stop", string, f"strings of at most {MAX_STOP_LENGTH} characters")
     return result
 
 

@@ -32,6 +32,9 @@ from hayate.text.tokenizer import GenerationDefaults
         ("presence_penalty", None),
         ("frequency_penalty", -2.01),
         ("logit_bias", {1: math.inf}),
+        ("logit_bias", {1: 100.5}),
+        ("logit_bias", {"1": -1e39}),  # finite, and infinite in float32
+        ("logit_bias", {"1" * 5000: 1.0}),  # more digits than int() reads
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {"a": 1.0}),
         ("logit_bias", [1]),
@@ -42,6 +45,7 @@ from hayate.text.tokenizer import GenerationDefaults
         ("stop", [1]),
         ("stop", 5),
         ("stop", ["x"] * 65),
+        ("stop", "x" * 1025),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", "12"),
         ("stop_token_ids", 3),
@@ -90,6 +94,18 @@ def test_the_message_names_field_value_and_range() -> None:
     assert str(error.value) == "top_p must be a number above 0 and at most 1; it is 1.5"
 
 
+def test_a_long_value_is_cut_in_the_message() -> None:
+    for fields in ({"stop": "x" * 40_000}, {"logit_bias": {"1" * 5000: 1.0}}):
+        with pytest.raises(UsageError) as error:
+            SamplingParams(**fields)
+        assert len(str(error.value)) < 300
+
+
+def test_the_range_of_logit_bias_is_named() -> None:
+    with pytest.raises(UsageError, match=r"from -100 to 100 for token 7; it is 1e\+39"):
+        SamplingParams(logit_bias={7: 1e39})
+
+
 def test_min_tokens_above_max_tokens_is_refused() -> None:
     SamplingParams(min_tokens=4, max_tokens=4)
     with pytest.raises(UsageError, match="min_tokens"):
@@ -107,6 +123,8 @@ def test_bounds_are_accepted() -> None:
         frequency_penalty=2,
         seed=2**63 - 1,
         logprobs=100,
+        logit_bias={1: 100, 2: -100},
+        stop=["x" * 1024] * 64,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hayate.runtime import stopping
 from hayate.runtime.stopping import StopChecker
 from hayate.sampling_params import SamplingParams
 
@@ -181,3 +182,20 @@ def test_overlapping_beginnings(stop: str) -> None:
     emitted, _, found = run(SamplingParams(stop=stop), pieces, range(len(pieces)))
     assert "".join(emitted) == text[: text.index(stop)]
     assert found == stop
+
+
+def test_samples_of_a_request_share_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limits, 64 strings of 1,024 characters, a table of each for each of 64 samples would take seconds."""
+    made = []
+    extend = stopping._extend
+
+    def counted(string: str, borders: Sequence[int], length: int, char: str) -> int:
+        made.append(char)
+        return extend(string, borders, length, char)
+
+    monkeypatch.setattr(stopping, "_extend", counted)
+    stopping._borders.cache_clear()
+    params = SamplingParams(stop=[chr(ord("A") + i) * 1024 for i in range(64)])
+    for _ in range(64):
+        StopChecker(params, [EOS])
+    assert len(made) == 64 * 1023

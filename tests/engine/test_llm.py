@@ -198,6 +198,7 @@ def test_package_surface():
         "AsyncLLM",
         "SamplingParams",
         "StructuredOutput",
+        "VisionCore",
         "__version__",
     }
 

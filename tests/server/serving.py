@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from hayate.server.protocol import HttpProtocol
 
 
 def until(condition: Callable[[], object], seconds: float = 10) -> None:
@@ -24,10 +26,15 @@ def until(condition: Callable[[], object], seconds: float = 10) -> None:
 
 
 @contextlib.contextmanager
-def running(app: FastAPI) -> Iterator[str]:
+def running(app: ASGIApp) -> Iterator[str]:
     """The address of `app`, served in a thread until the block ends."""
     config = uvicorn.Config(
-        app, port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=5
+        app,
+        port=0,
+        http=HttpProtocol,
+        log_level="error",
+        lifespan="off",
+        timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,27 @@ def test_an_engine_that_dies_ends_the_server(
     with pytest.raises(GpuFault, match="test") as caught:
         serving(lambda _: llm, act, caplog)
     assert caught.value.exit_code == 6
+
+
+def test_an_engine_that_dies_while_nobody_waits(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = AsyncLLM(folder, device="cpu", kv_memory="4M")
+    left = threading.Event()
+
+    def die() -> list[Any]:
+        assert left.wait(10)
+        raise GpuFault("the GPU failed while running: test")
+
+    def act(url: str) -> None:
+        monkeypatch.setattr(llm.engine, "step", die)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json={"prompt": "abc"}, timeout=0.3)
+        time.sleep(0.2)  # until the server has seen that the client left
+        left.set()
+
+    with pytest.raises(GpuFault, match="test"):
+        serving(lambda _: llm, act, caplog)
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,9 @@ import openai
 import pytest
 
 from hayate import LLM, SamplingParams, StructuredOutput
+from hayate.runtime.outputs import PositionLogprobs, TokenLogprob
+from hayate.server.logprobs import TokenNames, chat_logprobs
+from hayate.text.tokenizer import Tokenizer
 
 MODEL = "tiny-chat"
 MESSAGES: list[Any] = [
@@ -500,3 +503,22 @@ def test_template_variables(client: openai.OpenAI, offline: LLM) -> None:
         extra_body={"chat_template_kwargs": {"prefill": "Well,"}},
     )
     assert got.choices[0].message.content == text(offline.generate([ids], GREEDY))
+
+
+def test_names_of_tokens_are_decoded_once(offline: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = offline.tokenizer
+    assert tokenizer is not None
+    decoded: list[int] = []
+    decode = Tokenizer.decode
+
+    def counted(self: Tokenizer, ids: list[int], skip_special_tokens: bool = True) -> str:
+        decoded.extend(ids)
+        return decode(self, ids, skip_special_tokens)
+
+    wanted = [TokenNames(tokenizer)(70 + i % 5) for i in range(20)]
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    top = (TokenLogprob(75, -1.0),)
+    positions = [PositionLogprobs(TokenLogprob(70 + i % 5, -0.1), top) for i in range(20)]
+    content = chat_logprobs(positions, TokenNames(tokenizer))["content"]
+    assert [entry["token"] for entry in content] == wanted
+    assert sorted(decoded) == [70, 71, 72, 73, 74, 75]

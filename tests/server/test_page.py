@@ -306,6 +306,23 @@ def test_markdown_forms() -> None:
 
 
 @needs_node
+def test_headings() -> None:
+    written = ["# a", "## a ##", "###   a # b ###  ", "# a#", "# #", "#a", "# a" + " " * 9 + "#"]
+    trees = parse(*written)
+    shown = [(tree[0]["tag"], "".join(tree[0]["children"])) for tree in trees]
+    wanted = [("h3", "a"), ("h4", "a"), ("h5", "a # b"), ("h3", "a"), ("h3", ""), ("p", "#a")]
+    assert shown == [*wanted, ("h3", "a")]
+
+
+@needs_node
+def test_a_heading_of_blanks_takes_no_cubic_time() -> None:
+    """A pattern that looks for the end of a heading took 3 seconds; reading it once takes less than a millisecond."""
+    for line in ("'# a' + ' '.repeat(2000) + 'b'", "'# ' + ' '.repeat(100000) + 'b\\u2028c'"):
+        clock = f"(() => {{ const begin = performance.now(); parse({line}); return performance.now() - begin; }})()"
+        assert node(clock, "markdown.parse") < 100  # milliseconds
+
+
+@needs_node
 def test_markdown_takes_no_quadratic_time() -> None:
     """200,000 characters of each in the time of the process; a quadratic reader would take minutes."""
     units = [

@@ -126,6 +126,9 @@ def test_every_field_of_anthropics_is_known() -> None:
         ({"logit_bias": {"300": 1}}, "logit_bias"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"5": None}}, "logit_bias.5"),
+        ({"logit_bias": {"5": 1e39}}, "logit_bias"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+        ({"stop": "x" * 40_000}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["x"] * 65}, "stop"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -264,6 +267,28 @@ def test_a_hostile_body_is_refused(http: httpx.Client, body: bytes) -> None:
     refusal(response)
     assert len(response.content) < 2000
     assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"user": "\ud800"}, "user"),
+        ({"metadata": {"a": "\ud800"}}, "metadata.a"),
+        ({"metadata": {"\ud800": "a"}}, "metadata"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "\ud800", "schema": {}}}},
+            "text.format.name",
+        ),
+    ],
+)
+def test_what_responses_gives_back_is_unicode(
+    http: httpx.Client, fields: dict[str, Any], param: str
+) -> None:
+    body = json.dumps({"input": "a", "max_output_tokens": 2, **fields})
+    headers = {"content-type": "application/json"}
+    error = refusal(http.post("/v1/responses", content=body, headers=headers))
+    assert error["param"].startswith(param)
+    assert "surrogate" in error["message"]
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded"])

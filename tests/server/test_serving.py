@@ -230,6 +230,17 @@ def test_an_engine_that_dies(folder: Path, monkeypatch: pytest.MonkeyPatch, stre
         assert metrics(url)["hayate_ready"] == 0
 
 
+def test_health_sees_that_the_engine_has_died(folder: Path) -> None:
+    """Although no request was there to fail."""
+    llm = AsyncLLM(folder, device="cpu", kv_memory="4M")
+    app = create_app(llm)
+    with running(app) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        llm.engine.dead = GpuFault("the GPU failed while running: test")
+        assert httpx.get(f"{url}/health").status_code == 503
+    assert app.state.service.failure is llm.engine.dead
+
+
 # -- logs ------------------------------------------------------------------------------------------
 
 

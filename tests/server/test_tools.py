@@ -71,6 +71,18 @@ ANSWERS = [
     (LLAMA, '\n{"name": "f", "parameters": {"x": 1}}', "", [F]),
     (LLAMA, 'see {"name": "f", "parameters": {}}', 'see {"name": "f", "parameters": {}}', []),
     (LLAMA, '{"a": 1}', '{"a": 1}', []),
+    # What Python reads as JSON and no client would, nor names that no dictionary may look up.
+    *(
+        (LLAMA, text, text, [])
+        for text in (
+            '{"name": [], "parameters": {}}',
+            '{"name": {}, "parameters": {}}',
+            '{"name": "f", "parameters": {"x": NaN}}',
+            '{"name": "f", "parameters": {"x": [-1e999]}}',
+            '{"name": "f", "parameters": {"x": "\\ud83d"}}',
+            '{"name": "f", "parameters": {"\\udc00": 1}}',
+        )
+    ),
 ]
 
 

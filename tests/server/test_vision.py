@@ -277,6 +277,35 @@ def test_limits_of_a_request(web: httpx.Client) -> None:
         assert name in error["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_that_the_cache_cannot_hold(eyes: Path, stream: bool) -> None:
+    """The request's own doing, which its client can change: no failure of the server's."""
+    llm = AsyncLLM(eyes, **ENGINE, image_cache="3K")
+    body = {"messages": asking(data_url(LARGE)), "stream": stream}
+    with running(create_app(llm, OPTIONS)) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    if stream:  # the head is out by then
+        events = [line for line in answer.text.split("\n\n") if '"error"' in line]
+        error = json.loads(events[0].removeprefix("data: "))["error"]
+    else:
+        error = refusal(answer)
+    assert error["type"] == "invalid_request_error"
+    assert "show fewer images" in error["message"]
+
+
+def test_only_the_documented_formats_are_opened(web: httpx.Client) -> None:
+    """Whatever an upload calls itself."""
+    image = Image.new("RGB", (64, 64))
+    for kind, status in (("BMP", 200), ("GIF", 200), ("TIFF", 400), ("ICO", 400), ("PPM", 400)):
+        file = io.BytesIO()
+        image.save(file, kind)
+        upload = {"image": ("a.png", file.getvalue(), "image/png")}
+        answer = web.post(PATH, data={"max_tokens": 1}, files=upload)
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert "none of PNG, JPEG, WEBP, GIF, BMP" in refusal(answer)["message"]
+
+
 # -- /v1/vision/analyze ----------------------------------------------------------------------------
 
 

@@ -24,6 +24,9 @@ from torch import Tensor
 # By number of processes: beyond, sending everything to everybody costs more than NCCL's two passes. From published
 # measurements of such kernels on 8 GPUs with NVLink, and to be measured here.
 ONE_SHOT_BYTES = {2: 512 * 2**10, 4: 256 * 2**10, 8: 128 * 2**10}
+# A process can share memory with one group only: PyTorch numbers the meetings of a process, and another process of a
+# second group, a new one, would wait for this one under another number.
+_met = False
 _ALIGNMENT = 16  # bytes that a thread of the one-shot kernel moves at once
 # PyTorch 2.13 gave it another name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -98,14 +101,24 @@ class Communicator:
 
     def _share(self, num_elements: int, dtype: torch.dtype) -> Tensor | None:
         """Memory for the one-shot kernel; None, on all processes, where one cannot have it or it gives wrong sums."""
+        global _met
+        shared, failure = None, None
         try:
             import torch.distributed._symmetric_memory as symmetric
 
+            if _met:
+                raise RuntimeError("this process shared memory with an earlier group already")
             shared = symmetric.empty(num_elements, dtype=dtype, device=self.device)
-            symmetric.rendezvous(shared, _group_name())
-            failure = None
         except Exception as error:  # no access between these GPUs, or a build of PyTorch without it
             failure = str(error) or type(error).__name__
+        # Those who meet wait for all others: nobody may stay away.
+        if self._all(failure is None):
+            _met = True
+            assert shared is not None
+            try:
+                symmetric.rendezvous(shared, _group_name())
+            except Exception as error:
+                failure = str(error) or type(error).__name__
         if self._all(failure is None):
             self._shared = shared
             x = torch.arange(1024, device=self.device).remainder(8).to(dtype) + self.rank

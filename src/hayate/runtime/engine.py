@@ -87,7 +87,7 @@ class Engine:
         return EngineStats.of(self)
 
     def submit(self, request: Request) -> None:
-        """Queue all samples of `request`. OutOfMemory if it could never fit the cache; GpuFault after one.
+        """Queue all samples of `request`. RequestTooLarge if it could never fit the cache; GpuFault after one.
 
         One with images is scheduled when these are encoded.
         """

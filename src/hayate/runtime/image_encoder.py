@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import torch
 
 from hayate.config import EnginePlan, format_bytes
-from hayate.errors import OutOfMemory
+from hayate.errors import RequestTooLarge
 from hayate.kernels import batch_invariant
 from hayate.runtime.device import Stopwatch
 from hayate.runtime.request import Request, RequestImage
@@ -73,10 +73,10 @@ class ImageEncoder:
         return bool(self._waiting)
 
     def add(self, request: Request) -> None:
-        """Queue a request with images. OutOfMemory if their embeddings could not be kept all at once."""
+        """Queue a request with images. RequestTooLarge if their embeddings could not be kept all at once."""
         need = sum(map(self._bytes_of, {image.digest: image for image in request.images}.values()))
         if need > self._plan.image_cache_bytes:
-            raise OutOfMemory(
+            raise RequestTooLarge(
                 f"the images of the prompt take {format_bytes(need)} when encoded, and --image-cache holds "
                 f"{format_bytes(self._plan.image_cache_bytes)}; show fewer images, or raise it"
             )

@@ -142,7 +142,7 @@ class Ranks:
                 worker.process.kill()
                 worker.process.wait()
         if self._workers and self._watcher is not threading.current_thread():
-            self._watcher.join()
+            self._watcher.join(_GRACE)
         for worker in self._workers:
             worker.wire.close()
         leave(self.device)
@@ -203,8 +203,9 @@ class Ranks:
         for worker in self._workers:
             worker.process.kill()
         if self.device.type == "cuda":  # gloo sees the closed connections by itself
-            leave(self.device)
             threading.Thread(target=self._end_if_stuck, name="hayate-stuck", daemon=True).start()
+            # It may wait for CUDA graphs that hold the group, hence in a thread of its own.
+            threading.Thread(target=leave, args=(self.device,), daemon=True).start()
 
     def _end_if_stuck(self) -> None:
         """A GPU kernel that waits for memory of a dead process never ends, nor does whoever waits for the kernel."""

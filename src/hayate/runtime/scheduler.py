@@ -20,7 +20,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain
 
-from hayate.errors import OutOfMemory
+from hayate.errors import RequestTooLarge
 from hayate.runtime.page_allocator import PageAllocator
 from hayate.runtime.sequence import Sequence
 
@@ -99,10 +99,10 @@ class Scheduler:
     # -- coming and going -------------------------------------------------------------------------
 
     def check_fits(self, sequence: Sequence) -> None:
-        """OutOfMemory if a new sequence could outgrow the cache even alone."""
+        """RequestTooLarge if a new sequence could outgrow the cache even alone."""
         capacity = self.pages.num_pages * self.pages.page_size
         if sequence.limit - 1 > capacity:
-            raise OutOfMemory(
+            raise RequestTooLarge(
                 f"a prompt of {len(sequence.prompt_ids)} tokens and its answer may take {sequence.limit - 1} "
                 f"places of the KV cache, which holds {capacity} in all; shorten the prompt, lower max_tokens or "
                 "raise --kv-memory"

@@ -16,12 +16,13 @@ do not act before `min_tokens` tokens: a stop string must then end in the text t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from hayate.runtime.outputs import FinishReason
-from hayate.sampling_params import SamplingParams
+from hayate.sampling_params import MAX_STOPS, SamplingParams
 
 
 class TextStream(Protocol):
@@ -122,22 +123,28 @@ class _Matcher:
     def __init__(self, string: str) -> None:
         self.string = string
         self.length = 0
-        self._fallback = [0]  # [i]: the longest proper border of string[: i + 1]
-        border = 0
-        for char in string[1:]:
-            border = self._extend(border, char)
-            self._fallback.append(border)
-
-    def _extend(self, length: int, char: str) -> int:
-        """The prefix matched when `char` follows a matched prefix of `length` characters."""
-        while length and self.string[length] != char:
-            length = self._fallback[length - 1]
-        return length + 1 if self.string[length] == char else 0
+        self._borders = _borders(string)
 
     def advance(self, char: str) -> bool:
         """Take one character; True when the string is complete with it."""
-        self.length = self._extend(self.length, char)
+        self.length = _extend(self.string, self._borders, self.length, char)
         complete = self.length == len(self.string)
         if complete:
-            self.length = self._fallback[-1]
+            self.length = self._borders[-1]
         return complete
+
+
+@lru_cache(maxsize=4 * MAX_STOPS)  # the samples of a request share their tables
+def _borders(string: str) -> Sequence[int]:
+    """Entry i is the length of the longest proper border of string[: i + 1]."""
+    borders = [0]
+    for char in string[1:]:
+        borders.append(_extend(string, borders, borders[-1], char))
+    return borders
+
+
+def _extend(string: str, borders: Sequence[int], length: int, char: str) -> int:
+    """The prefix of `string` matched when `char` follows a matched prefix of `length` characters."""
+    while length and string[length] != char:
+        length = borders[length - 1]
+    return length + 1 if string[length] == char else 0

@@ -35,6 +35,7 @@ from hayate.models.decoder import CausalLM
 from hayate.runtime import device as devices
 from hayate.runtime import ranks as processes
 from hayate.runtime.engine import Engine
+from hayate.runtime.graphs import Graphs
 from hayate.runtime.live_requests import Event
 from hayate.runtime.loading import load_shard, open_checkpoint, random_shard
 from hayate.runtime.outputs import PositionLogprobs
@@ -64,6 +65,14 @@ class Source(NamedTuple):
         return load_shard(config, checkpoint, plan, group, progress)
 
 
+def _end(graphs: Graphs | None, ranks: Ranks) -> None:
+    """End the workers. The graphs go first: NCCL lets go of a group only when none holds its kernels."""
+    with ranks.working():
+        if graphs is not None:
+            graphs.clear()
+        ranks.close()
+
+
 class TensorParallelEngine(Engine):
     """The engine of rank 0, which tells the others. `close` ends them; so does the end of this object.
 
@@ -77,7 +86,7 @@ class TensorParallelEngine(Engine):
         self._next_number = 0
         self._stepping = False
         self._late: list[Request] = []  # to be aborted when the step has ended
-        self._finalizer = weakref.finalize(self, ranks.close)
+        self._finalizer = weakref.finalize(self, _end, self.runner.graphs, ranks)
 
     @property
     def dead(self) -> GpuFault | None:
@@ -138,8 +147,6 @@ class TensorParallelEngine(Engine):
                 raise self.ranks.explain(error) from error
 
     def close(self) -> None:
-        if self.runner.graphs is not None:
-            self.runner.graphs.clear()
         self._finalizer()
 
     def _check_alive(self) -> None:

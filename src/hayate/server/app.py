@@ -58,6 +58,7 @@ def create_app(llm: AsyncLLM | None, options: ServerOptions | None = None) -> Fa
 async def health(request: Request) -> Response:
     """200 when requests are served, else 503; `status` says which state it is."""
     service: Service = request.app.state.service
+    service.note_failure()
     if service.state == "ready":
         return JSONResponse({"status": "ok"})
     body: dict[str, Any] = {"status": service.state}

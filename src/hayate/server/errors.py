@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hayate.errors import UsageError
+from hayate.errors import RequestTooLarge, UsageError
 
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -78,7 +78,7 @@ def as_api_error(error: BaseException) -> ApiError:
     """What the client is told of `error`: its own mistakes in full, ours by name alone."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | RequestTooLarge):
         field = _FIELD.match(str(error))
         return ApiError(400, str(error), param=field[1] if field else None)
     kind = type(error).__name__
@@ -108,8 +108,9 @@ def install(app: FastAPI) -> None:
     async def api(request: Request, error: ApiError) -> Response:
         return error.response(request.url.path)
 
+    @app.exception_handler(RequestTooLarge)
     @app.exception_handler(UsageError)
-    async def usage(request: Request, error: UsageError) -> Response:
+    async def usage(request: Request, error: UsageError | RequestTooLarge) -> Response:
         return as_api_error(error).response(request.url.path)
 
     @app.exception_handler(ClientGone)

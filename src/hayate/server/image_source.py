@@ -28,6 +28,13 @@ _DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+)((?:;[a-z0-9=-]+)*?)(;base64)?
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}  # no others: this is no scanner
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What the `ipaddress` of an older Python takes for global, and a cloud's own services on an address that is global.
+_INSIDE = tuple(
+    map(
+        ipaddress.ip_network,
+        ("64:ff9b:1::/48", "fec0::/10", "5f00::/16", "192.0.0.0/24", "168.63.129.16"),
+    )
+)
 _CHUNK = 65536
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -52,6 +59,8 @@ def is_public(address: Address) -> bool:
             return is_public(inner)
         if address in _NAT64:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    if any(address in network for network in _INSIDE):
+        return False
     return address.is_global and not address.is_multicast
 
 

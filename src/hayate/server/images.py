@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from hayate.models.vision_config import VisionConfig
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's names of `ImageLimits.types`
+
 
 @dataclass(frozen=True)
 class NamedImage:
@@ -67,7 +69,7 @@ def _open(file: bytes, max_pixels: int, vision: VisionConfig) -> np.ndarray:
     from hayate.vision.image import open_image  # which imports torch
     from hayate.vision.slicing import plan_slices
 
-    pixels = open_image(file, max_pixels=max_pixels)
+    pixels = open_image(file, max_pixels=max_pixels, formats=_FORMATS)
     height, width, _ = pixels.shape
     # Only to refuse here, where its place is known, what is too thin to be cut.
     plan_slices(width, height, resolution=vision.slice_side, patch_size=vision.patch_size)

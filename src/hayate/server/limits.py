@@ -12,6 +12,7 @@ from hayate.server.options import ServerOptions
 
 FORM_PATH = "/v1/vision/analyze"  # the only one that takes multipart/form-data
 _BODY_SECONDS = 60.0  # a body that takes longer to arrive is given up
+_BODIES_PER_REQUEST = 4  # so many bodies may be on their way for each request that may run
 
 
 class Limits:
@@ -27,36 +28,45 @@ class Limits:
         self._max_requests = options.max_requests
         self._max_bytes = options.max_body_bytes
         self._origins = options.allowed_origins
-        self._running = 0
+        self._max_bodies = _BODIES_PER_REQUEST * options.max_requests
+        self._running = 0  # those whose body is here: one that never comes takes no place
+        self._bodies = 0  # on their way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if self._running >= self._max_requests:
-            error = ApiError(
-                429,
-                f"{self._max_requests} requests are being answered, no more are accepted; try again later",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": "1"},
-            )
+        try:
+            headers = Headers(scope=scope)
+            self._check_type(headers, scope["path"])
+            self._check_count(self._bodies, self._max_bodies)
+            self._check_count(self._running, self._max_requests)
+            self._bodies += 1
+            try:
+                body = await self._body(headers, receive)
+            finally:
+                self._bodies -= 1
+            self._check_count(self._running, self._max_requests)  # others were faster
+        except ApiError as error:
+            error.headers["Connection"] = "close"  # the rest of the body is not read
             await error.response(scope["path"])(scope, receive, send)
+            return
+        except ClientGone:
             return
         self._running += 1
         try:
-            try:
-                headers = Headers(scope=scope)
-                self._check_type(headers, scope["path"])
-                body = await self._body(headers, receive)
-            except ApiError as error:
-                error.headers["Connection"] = "close"  # the rest of the body is not read
-                await error.response(scope["path"])(scope, receive, send)
-                return
-            except ClientGone:
-                return
             await self._app(scope, _replay(body, receive), send)
         finally:
             self._running -= 1
+
+    def _check_count(self, count: int, limit: int) -> None:
+        if count >= limit:
+            raise ApiError(
+                429,
+                f"{count} requests are being answered or read, no more are accepted; try again later",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
 
     def _check_type(self, headers: Headers, path: str) -> None:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from hayate.runtime.outputs import PositionLogprobs, TokenLogprob
 from hayate.text.detokenizer import token_bytes
 from hayate.text.tokenizer import Tokenizer
 
+_MAX_NAMES = 4096  # kept at once, of one request
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -18,6 +20,7 @@ class TokenNames:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
+        self._name = lru_cache(_MAX_NAMES)(self._decoded)
 
     def __call__(self, token_id: int) -> str:
         name, part = self._name(token_id)
@@ -27,7 +30,7 @@ class TokenNames:
         name, part = self._name(token_id)
         return list(name.encode() if part is None else part)
 
-    def _name(self, token_id: int) -> tuple[str, bytes | None]:
+    def _decoded(self, token_id: int) -> tuple[str, bytes | None]:
         """The text; where that is none by itself, the bytes."""
         if self._tokenizer is None:
             return str(token_id), None

@@ -9,7 +9,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from hayate.sampling_params import SamplingParams, StructuredOutput
 from hayate.server.errors import ApiError
@@ -17,6 +24,8 @@ from hayate.server.errors import ApiError
 Refused: TypeAlias = None
 _T = TypeVar("_T")
 MAX_ITEMS = 4096  # of lists in a body: messages, parts of a message, prompts
+_MAX_TOKEN_IDS = 2**20
+_MAX_FIELDS = 256  # of an object; each that is wrong costs a complaint
 MAX_TOP_LOGPROBS = 20
 # Names in chat_template_kwargs that mean something else where the template's variables are handed on.
 _NO_VARIABLES = {
@@ -30,6 +39,19 @@ class Body(BaseModel):
     """Strict: "1" is no number, and nothing is ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise ValueError(f"an object has {len(value)} fields, more than {_MAX_FIELDS}")
+        return value
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_ITEMS:
+        raise ValueError(f"it has {len(value)} entries, more than {MAX_ITEMS}")
+    return value
 
 
 def _checked(value: _T) -> _T:
@@ -45,6 +67,10 @@ def _checked(value: _T) -> _T:
 
 Text = Annotated[str, AfterValidator(_checked)]  # where no tokenizer will check it
 JsonObject = Annotated[dict[str, Any], AfterValidator(_checked)]
+# One wrong item is enough: a complaint about each of 300,000 would take seconds.
+Items: TypeAlias = Annotated[list[_T], Field(max_length=MAX_ITEMS, fail_fast=True)]
+TokenIds = Annotated[list[int], Field(max_length=_MAX_TOKEN_IDS, fail_fast=True)]
+Entries: TypeAlias = Annotated[dict[str, _T], BeforeValidator(_few)]
 
 
 class StreamOptions(Body):
@@ -57,7 +83,7 @@ class StructuredOutputs(Body):
 
     json_schema: JsonObject | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None  # llguidance's dialect of Lark
 
     def structured(self) -> StructuredOutput:
@@ -79,11 +105,11 @@ class Sampling(Body):
 
     model: str | None = None  # there is one model: it need not be named
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Entries[float] | None = None
     n: int | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | Items[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -95,7 +121,7 @@ class Sampling(Body):
     min_tokens: int | None = None
     repetition_penalty: float | None = None
     skip_special_tokens: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Items[int] | None = None
     structured_outputs: StructuredOutputs | None = None
     top_k: int | None = None
 
@@ -143,12 +169,7 @@ class Sampling(Body):
 
 
 class CompletionRequest(Sampling):
-    prompt: (
-        str
-        | list[int]
-        | Annotated[list[str], Field(max_length=MAX_ITEMS)]
-        | Annotated[list[list[int]], Field(max_length=MAX_ITEMS)]
-    )
+    prompt: str | TokenIds | Items[str] | Items[TokenIds]
     best_of: int | None = None  # only 1, or n: nothing is ranked
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -198,7 +219,7 @@ class ImagePart(Body):
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Content = str | Annotated[list[Part], Field(max_length=MAX_ITEMS)]
+Content = str | Items[Part]
 
 
 class FunctionCall(Body):
@@ -227,7 +248,7 @@ class UserMessage(Body):
 class AssistantMessage(Body):
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_ITEMS)] | None = None
+    tool_calls: Items[ToolCall] | None = None
     name: Refused = None
     audio: Refused = None
     function_call: Refused = None
@@ -244,6 +265,9 @@ class ToolMessage(Body):
 
 ChatMessage = Annotated[
     InstructionMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]
+ChatMessages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
 ]
 
 
@@ -303,19 +327,19 @@ def structured_of(
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS)]
+    messages: ChatMessages
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: JsonObject | None = None  # not OpenAI's: variables of the template
     # No effect:
-    metadata: dict[str, str] | None = None
-    modalities: list[Literal["text"]] | None = None
+    metadata: Entries[str] | None = None
+    modalities: Items[Literal["text"]] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None

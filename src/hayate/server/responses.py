@@ -21,6 +21,7 @@ from hayate.server.openai_types import (
     JsonObject,
     JsonObjectFormat,
     Refused,
+    Text,
     TextFormat,
 )
 from hayate.server.service import Service
@@ -49,8 +50,8 @@ class InputMessage(Body):
 class SchemaFormat(Body):
     type: Literal["json_schema"]
     schema_: JsonObject = Field(alias="schema")
-    name: str | None = None  # no effect, nor have the next two
-    description: str | None = None
+    name: Text | None = None  # no effect, nor have the next two
+    description: Text | None = None
     strict: bool | None = None
 
 
@@ -79,13 +80,13 @@ class ResponsesRequest(Body):
     top_logprobs: Literal[0] | None = None
     truncation: Literal["disabled"] | None = None
     # No effect:
-    metadata: dict[str, str] | None = None
+    metadata: dict[Text, Text] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default"] | None = None
-    user: str | None = None
+    user: Text | None = None
     # Refused:
     access_programs: Refused = None
     background_options: Refused = None

@@ -19,6 +19,7 @@ from hayate.sampling_params import SamplingParams
 from hayate.server.app import create_app
 from hayate.server.logging import configure, log
 from hayate.server.options import ServerOptions
+from hayate.server.protocol import HttpProtocol
 from hayate.server.service import Service
 
 if TYPE_CHECKING:  # torch is imported while the port answers already
@@ -45,6 +46,7 @@ def serve(load: Load, options: ServerOptions, *, verbose: bool = False) -> None:
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
+        http=HttpProtocol,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -54,7 +56,7 @@ def serve(load: Load, options: ServerOptions, *, verbose: bool = False) -> None:
         timeout_keep_alive=65,  # longer than most proxies keep theirs
         timeout_graceful_shutdown=math.ceil(options.drain_timeout),
     )
-    server = _Server(config)
+    server = _Server(config, service)
     service.on_failure = server.stop
     _warn(options)
     loader = threading.Thread(target=_load, args=(load, service), name="hayate-load", daemon=True)
@@ -70,8 +72,16 @@ def serve(load: Load, options: ServerOptions, *, verbose: bool = False) -> None:
 class _Server(uvicorn.Server):
     """uvicorn's server, whose end by a signal is an end in good order: the signal is not raised again."""
 
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
     def stop(self) -> None:
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        self._service.note_failure()  # the engine may die while no request waits for it
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

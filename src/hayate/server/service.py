@@ -53,7 +53,7 @@ class Service:
             self.on_failure()
 
     def note_failure(self) -> None:
-        """After an error of a request: see whether it was the engine's end."""
+        """See whether the engine has died; whoever finds out first calls `fail`."""
         if self._llm is not None and self._llm.dead is not None:
             self.fail(self._llm.dead)
 

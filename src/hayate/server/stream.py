@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hayate.runtime.outputs import FinishReason, PositionLogprobs, RequestOutput
+from hayate.runtime.outputs import FinishReason, PositionLogprobs, RequestOutput, StreamChunk
 from hayate.server.errors import ApiError, ClientGone, as_api_error
 from hayate.server.generation import Generation
 from hayate.server.logging import Context, log_failure
@@ -37,10 +37,22 @@ class Piece:
 
     index: int  # of the sample, over all prompts
     text: str
-    logprobs: tuple[PositionLogprobs, ...]
+    logprobs: list[PositionLogprobs]
     num_tokens: int
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+
+    @classmethod
+    def of(cls, index: int, chunks: list[StreamChunk]) -> Piece:
+        """Chunks of one sample joined; a reader that fell behind has thousands of them."""
+        return cls(
+            index,
+            "".join([chunk.text for chunk in chunks]),
+            [position for chunk in chunks for position in chunk.logprobs],
+            sum([len(chunk.token_ids) for chunk in chunks]),
+            chunks[-1].finish_reason,
+            chunks[-1].stop_reason,
+        )
 
 
 class Encoder(Protocol):
@@ -124,27 +136,12 @@ class EventStream(Response):
         """Each batch with the chunks of a sample joined, in the order of the samples."""
         per_prompt = self._generation.params.n
         async for batch in batches:
-            found: dict[int, Piece] = {}
+            found: dict[int, list[StreamChunk]] = {}
             for prompt, chunk in batch:
                 if chunk.request is not None:
                     self._generation.finished(prompt, chunk.request)
-                index = prompt * per_prompt + chunk.index
-                piece = found.get(index)
-                if piece is None:
-                    found[index] = Piece(
-                        index,
-                        chunk.text,
-                        chunk.logprobs,
-                        len(chunk.token_ids),
-                        chunk.finish_reason,
-                        chunk.stop_reason,
-                    )
-                    continue
-                piece.text += chunk.text
-                piece.logprobs += chunk.logprobs
-                piece.num_tokens += len(chunk.token_ids)
-                piece.finish_reason, piece.stop_reason = chunk.finish_reason, chunk.stop_reason
-            yield list(found.values())
+                found.setdefault(prompt * per_prompt + chunk.index, []).append(chunk)
+            yield [Piece.of(index, chunks) for index, chunks in found.items()]
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from starlette.responses import JSONResponse, Response
 
 from hayate.server.conversation import encode_messages, encode_prompts, template_messages
 from hayate.server.errors import ApiError
-from hayate.server.openai_types import MAX_ITEMS, Body, ChatMessage
+from hayate.server.openai_types import Body, ChatMessages, TokenIds
 from hayate.server.service import Service
 
 router = APIRouter()
+_MANY_IDS = 4096  # decoding more takes milliseconds, for which the event loop must not wait
 
 
 class TokenizeRequest(Body):
@@ -22,7 +24,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool = True
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    messages: ChatMessages | None = None
     add_generation_prompt: bool = True
 
     @model_validator(mode="after")
@@ -34,7 +36,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds
     skip_special_tokens: bool = False
 
 
@@ -67,5 +69,11 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     tokenizer = service.llm.tokenizer
     if tokenizer is None:
         raise ApiError(400, "this model has no tokenizer")
-    ids = service.llm.requests.checked_ids(body.tokens) if body.tokens else []
-    return JSONResponse({"prompt": tokenizer.decode(ids, body.skip_special_tokens)})
+    checked_ids = service.llm.requests.checked_ids
+
+    def decode() -> str:
+        ids = checked_ids(body.tokens) if body.tokens else []
+        return tokenizer.decode(ids, body.skip_special_tokens)
+
+    many = len(body.tokens) > _MANY_IDS
+    return JSONResponse({"prompt": await asyncio.to_thread(decode) if many else decode()})

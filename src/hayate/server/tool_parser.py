@@ -113,6 +113,7 @@ class ToolParser:
         return ""
 
     def _parse(self, body: str) -> list[Call] | None:
+        """The calls of `body`; None unless all are valid, and their arguments can be sent on as JSON in UTF-8."""
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):
@@ -120,10 +121,18 @@ class ToolParser:
         entries = value if self._form.is_list and isinstance(value, list) else [value]
         calls = []
         for entry in entries:
-            if not isinstance(entry, dict) or entry.get("name") not in self._names:
+            if not isinstance(entry, dict) or not isinstance(
+                arguments := entry.get(self._form.arguments), dict
+            ):
                 return None
-            arguments = entry.get(self._form.arguments)
-            if not isinstance(arguments, dict):
+            name = entry.get("name")
+            if not isinstance(name, str) or name not in self._names:
                 return None
-            calls.append(Call(entry["name"], json.dumps(arguments, ensure_ascii=False)))
+            try:
+                # Python's reader takes NaN, 1e999 (inf) and lone surrogates, which are no JSON.
+                text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+                text.encode()
+            except (ValueError, RecursionError):
+                return None
+            calls.append(Call(name, text))
         return calls or None

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,18 +30,24 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 # From here on Pillow itself warns of a decompression bomb: a file of kilobytes can ask for gigabytes of pixels.
 MAX_PIXELS = 2**30 // 12
 
-# Pillow knows more, among them EPS, which runs another program. ("JPEG" opens MPO, the phones' pairs of JPEGs, too.)
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+# Pillow knows more, among them EPS, which runs another program, and ICO, which decodes before it says a size. ("JPEG"
+# opens MPO, the phones' pairs of JPEGs, too.)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 def open_image(
-    source: ImageSource, *, name: str = "the image", max_pixels: int = MAX_PIXELS
+    source: ImageSource,
+    *,
+    name: str = "the image",
+    max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] = FORMATS,
 ) -> np.ndarray:
     """The pixels of an image: (height, width, 3) uint8 RGB, contiguous and the caller's own.
 
     source: a file's path, a file's bytes, a Pillow image, or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
     name: how messages call it, a path is added. max_pixels: images with more are refused before they are decoded.
+    formats: those of `FORMATS` that a file may have.
 
     Raises:
         ImageError: no such file, not an image, truncated or corrupt, too many pixels, or of a kind that is not read.
@@ -62,7 +67,8 @@ def open_image(
             raise ImageError(f"{name} is empty (0 bytes)")
         if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
             raise ImageError(f"{name} is HEIC, which is not read; convert it to JPEG or PNG")
-        with _decoding(name), Image.open(file, formats=_formats()) as image:
+        known = _known(formats)
+        with _decoding(name, known), Image.open(file, formats=known) as image:
             _check_size(image, name, max_pixels)
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image, name)
@@ -85,22 +91,21 @@ def _open_file(source: object, name: str) -> BinaryIO:
     return file
 
 
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has."""
+def _known(formats: Sequence[str]) -> list[str]:
+    """Those of `formats` that this Pillow has."""
     Image.init()
-    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+    return [kind for kind in formats if kind in Image.OPEN]
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _decoding(name: str, formats: Sequence[str] = ()) -> Iterator[None]:
     """What Pillow raises inside, as an ImageError. Decoders meet corrupt files with exceptions of every kind."""
     try:
         yield
     except (ImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        kinds = ", ".join(_formats())
+        kinds = ", ".join(formats)
         raise ImageError(f"{name} is not an image, or damaged, or none of {kinds}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} has too many pixels: {error}") from error

@@ -2,7 +2,7 @@
 // Paragraphs, headings, lists, quotes, tables, rules, fenced code; emphasis, code and links inside. HTML is text.
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
+const HEADING = /^ {0,3}(#{1,6})\s/;
 const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(\s+|$)/;
 const QUOTE = /^ {0,3}>\s?/;
@@ -26,7 +26,7 @@ export function parse(text, depth = 0) {
       blocks.push(match);
     } else if ((match = HEADING.exec(line))) {
       // The page has h1 and h2 already.
-      blocks.push(node(`h${Math.min(match[1].length + 2, 6)}`, inline(match[2])));
+      blocks.push(node(`h${Math.min(match[1].length + 2, 6)}`, inline(title(line.slice(match[0].length)))));
       i++;
     } else if (RULE.test(line)) {
       blocks.push(node("hr", []));
@@ -48,6 +48,14 @@ export function parse(text, depth = 0) {
     }
   }
   return blocks;
+}
+
+/** A heading's text without the #s that may close it. By hand: a pattern that looks for the end takes quadratic time. */
+function title(text) {
+  text = text.trim();
+  let end = text.length;
+  while (text[end - 1] === "#") end--;
+  return text.slice(0, end).trimEnd();
 }
 
 const startsBlock = (line) =>
