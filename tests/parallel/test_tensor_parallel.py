@@ -203,6 +203,8 @@ def test_a_checkpoint_that_does_not_fit(folders: Path, tmp_path: Path) -> None:
 
 def test_async_over_two_processes(folders: Path) -> None:
     """A process is killed at the end: whoever waits, and whoever comes later, is told."""
+    # As a group that could not be made leaves it: this must not keep the processes from meeting.
+    torch.distributed.distributed_c10d._process_group_name([], use_hashed_name=False)
     many = prompts(6)
     one = LLM(folders / "mixtral", device="cpu", kv_memory=2**22)
     expected = [o.outputs[0].text for o in one.generate(many, GREEDY)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -71,9 +72,8 @@ def test_trailers_without_end(url: str) -> None:
     with connect(url) as connection:
         connection.sendall(head + b"Content-Type: application/json\r\n\r\n2\r\n{}\r\n0\r\nX: ")
         time.sleep(0.1)
-        with pytest.raises(OSError):
-            for _ in range(1000):
-                connection.sendall(b"a" * 65536)
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            connection.sendall(b"a" * 2**26)
 
 
 def test_a_body_larger_than_a_head_may_be(http: httpx.Client) -> None:
@@ -131,7 +131,7 @@ def test_half_bodies_take_no_place(llm: AsyncLLM) -> None:
 
 def test_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "READ_SECONDS", 0.3)
-    gone = threading.Event()
+    ended = threading.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         async def write() -> None:
@@ -140,10 +140,9 @@ def test_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch
                 await send({"type": "http.response.body", "body": b"x" * 2**20, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
-        try:
+        with contextlib.suppress(ClientGone):
             await until_gone(receive, write())
-        except ClientGone:
-            gone.set()
+        ended.set()
 
     with running(app) as url:
         with connect(url) as slow:  # takes longer than that in all, but never pauses as long
@@ -153,10 +152,11 @@ def test_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch
                 length += len(part)
                 time.sleep(0.02)
             assert length > 32 * 2**20
-        assert not gone.is_set()
+        assert ended.wait(10)
+        ended.clear()
         with connect(url) as deaf:
             deaf.sendall(b"GET /?1000 HTTP/1.0\r\n\r\n")
-            assert gone.wait(10)
+            assert ended.wait(10)
 
 
 def test_joining_the_chunks_of_a_reader_that_fell_behind() -> None:
@@ -166,7 +166,7 @@ def test_joining_the_chunks_of_a_reader_that_fell_behind() -> None:
     ]
     begin = time.process_time()
     piece = Piece.of(3, [*chunks, StreamChunk(3, "end", (), "stop", 7)])
-    assert time.process_time() - begin < 0.5  # quadratic: several seconds
+    assert time.process_time() - begin < 0.5  # quadratic: over a second
     assert piece.text.split() == [*map(str, range(30_000)), "end"]
     assert [p.token.token_id for p in piece.logprobs] == list(range(30_000))
     assert (piece.index, piece.num_tokens) == (3, 30_000)

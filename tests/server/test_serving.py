@@ -230,15 +230,27 @@ def test_an_engine_that_dies(folder: Path, monkeypatch: pytest.MonkeyPatch, stre
         assert metrics(url)["hayate_ready"] == 0
 
 
-def test_health_sees_that_the_engine_has_died(folder: Path) -> None:
-    """Although no request was there to fail."""
+def test_health_sees_that_the_engine_has_died(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the only request had left."""
     llm = AsyncLLM(folder, device="cpu", kv_memory="4M")
+    left = threading.Event()
+
+    def die() -> list[Any]:
+        assert left.wait(10)
+        raise GpuFault("the GPU failed while running: test")
+
     app = create_app(llm)
     with running(app) as url:
-        assert httpx.get(f"{url}/health").status_code == 200
-        llm.engine.dead = GpuFault("the GPU failed while running: test")
+        monkeypatch.setattr(llm.engine, "step", die)
+        with raw_request(url, ENDLESS):
+            until(lambda: llm.engine.has_work)
+        until(lambda: metrics(url)["hayate_http_requests_open"] == 1)  # the one that asks
+        left.set()
+        until(lambda: llm.dead)
         assert httpx.get(f"{url}/health").status_code == 503
-    assert app.state.service.failure is llm.engine.dead
+    assert app.state.service.failure is llm.dead
 
 
 # -- logs ------------------------------------------------------------------------------------------

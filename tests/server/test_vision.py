@@ -21,11 +21,12 @@ import pytest
 from PIL import Image
 
 from hayate import LLM, AsyncLLM, SamplingParams, VisionCore
+from hayate.errors import UsageError
 from hayate.server.app import create_app
 from hayate.server.options import ServerOptions
 from hayate.vision.slicing import plan_slices
 from hayate.vision_core.profile import DEFAULT_SAMPLING
-from tests.server.serving import Command, running
+from tests.server.serving import Command, running, until
 from tests.vision.checkpoints import write_minicpmv
 
 ENGINE: dict[str, Any] = {
@@ -304,6 +305,32 @@ def test_only_the_documented_formats_are_opened(web: httpx.Client) -> None:
         assert answer.status_code == status, answer.text
         if status == 400:
             assert "none of PNG, JPEG, WEBP, GIF, BMP" in refusal(answer)["message"]
+
+
+def test_pixels_of_all_requests_together(seeing: AsyncLLM) -> None:
+    """SMALL has 8,000 pixels, LARGE 60,000. A request holds those of its images until it has been answered."""
+    options = dataclasses.replace(OPTIONS, max_pixels=65_000, max_open_pixels=65_000)
+    small, large = ({"messages": asking(data_url(file))} for file in (SMALL, LARGE))
+    long = {**small, "stream": True, "max_tokens": 1500, "ignore_eos": True}
+    path = "/v1/chat/completions"
+    with (
+        running(create_app(seeing, options)) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        for _ in range(3):  # each gives back what it took
+            assert client.post(path, json={**large, "max_tokens": 1}).status_code == 200
+            refusal(client.post(path, json={"messages": asking(data_url(LARGE[:-200]))}))
+        with client.stream("POST", path, json=long) as stream:
+            chunks = stream.iter_bytes()
+            next(chunks)
+            answer = client.post(path, json={**large, "max_tokens": 1})
+            assert "--max-open-pixels" in refusal(answer, 429)["message"]
+            assert answer.headers["Retry-After"] == "1"
+            assert client.post(path, json={**small, "max_tokens": 1}).status_code == 200
+        # The client has left; the server needs a moment to see it.
+        until(lambda: client.post(path, json={**large, "max_tokens": 1}).status_code == 200)
+    with pytest.raises(UsageError, match="--max-open-pixels 9 must be at least --max-pixels"):
+        ServerOptions(max_open_pixels=9)
 
 
 # -- /v1/vision/analyze ----------------------------------------------------------------------------

@@ -67,6 +67,9 @@ def serve(
     max_pixels: Annotated[
         int, _server(help="Of all images of one request.", metavar="N", min=1)
     ] = 64 * 2**20,
+    max_open_pixels: Annotated[
+        int, _server(help="Of all requests being answered; others get 429.", metavar="N", min=1)
+    ] = 512 * 2**20,
     drain_timeout: Annotated[
         float, _server(help="For running requests after Ctrl-C, in seconds.", metavar="S", min=0)
     ] = 60.0,
@@ -130,6 +133,7 @@ def serve(
         fetch_images=fetch_images,
         max_images=max_images,
         max_pixels=max_pixels,
+        max_open_pixels=max_open_pixels,
         drain_timeout=drain_timeout,
         json_logs=json_logs,
         log_prompts=log_prompts,

@@ -226,6 +226,9 @@ def join(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
         "world_size": size,
         "timeout": _TIMEOUT,
     }
+    # Groups meet under a number that a process counts up; an attempt that failed leaves it behind, and the others, new
+    # processes, begin at 0.
+    dist.distributed_c10d._world.group_count = 0
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device, **options)
         return

@@ -32,6 +32,9 @@ class ServerOptions:
     fetch_images: bool = False  # images that messages name by http(s) URLs; public addresses alone
     max_images: int = 16  # of one request
     max_pixels: int = 64 * 2**20  # of all images of one request together
+    max_open_pixels: int = (
+        512 * 2**20
+    )  # of the images of all requests being answered; others get 429
     drain_timeout: float = (
         60.0  # seconds that requests have to finish in after the first Ctrl-C or SIGTERM
     )
@@ -45,6 +48,10 @@ class ServerOptions:
             if getattr(self, name) < 1:
                 option = "--" + name.replace("_bytes", "_size").replace("_", "-")
                 raise UsageError(f"{option} {getattr(self, name)} must be at least 1")
+        if self.max_open_pixels < self.max_pixels:
+            raise UsageError(
+                f"--max-open-pixels {self.max_open_pixels} must be at least --max-pixels {self.max_pixels}"
+            )
         if not 0 <= self.drain_timeout < float("inf"):
             raise UsageError(f"--drain-timeout {self.drain_timeout} must be 0 seconds or more")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hayate.errors import ModelError
 from hayate.server.errors import ApiError
+from hayate.server.images import PixelBudget
 from hayate.server.metrics import Metrics
 from hayate.server.options import ServerOptions
 from hayate.server.tool_parser import ToolFormat
@@ -31,6 +32,7 @@ class Service:
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self.metrics = Metrics(self._stats)
+        self.open_pixels = PixelBudget(options.max_open_pixels)
         self.created = int(time.time())
         self.state: State = "loading"
         self.bytes_loaded = (0, 0)  # of how many

@@ -60,6 +60,21 @@ def open_image(
             return _rgb(ImageOps.exif_transpose(source), name)
     if isinstance(source, str | os.PathLike):
         name = f"{name} {os.fspath(source)}"
+    with _opened(source, name, formats) as image:
+        _check_size(image, name, max_pixels)
+        ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image, name)
+
+
+def num_pixels(file: bytes, *, formats: Sequence[str] = FORMATS) -> int:
+    """How many pixels an image file says it has. Nothing is decoded; ImageError as `open_image` raises it."""
+    with _opened(file, "the image", formats) as image:
+        return image.width * image.height
+
+
+@contextmanager
+def _opened(source: object, name: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """The image of a file or its bytes, not decoded yet. Errors inside are of its decoding."""
     with _open_file(source, name) as file:
         head = file.read(12)
         file.seek(0)
@@ -69,9 +84,7 @@ def open_image(
             raise ImageError(f"{name} is HEIC, which is not read; convert it to JPEG or PNG")
         known = _known(formats)
         with _decoding(name, known), Image.open(file, formats=known) as image:
-            _check_size(image, name, max_pixels)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image, name)
+            yield image
 
 
 def _open_file(source: object, name: str) -> BinaryIO:
