@@ -181,13 +181,14 @@ def test_goodput_by_hand() -> None:
 
 
 def test_refused_requests_are_counted(llm: AsyncLLM) -> None:
-    with running(create_app(llm, ServerOptions(max_requests=1))) as url:
-        result = run("bench", "serve", "--url", url, "--concurrency", 5, *SMALL)
+    # Not 1: the first two requests come one after the other, and a place is free only after the last byte of an answer.
+    with running(create_app(llm, ServerOptions(max_requests=2))) as url:
+        result = run("bench", "serve", "--url", url, "--concurrency", 6, *SMALL)
     assert result.returncode == 1
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("error:")]
     assert "HTTP 429" in line and "no more are accepted" in line
     failed = int(line.split()[1])
-    assert 4 <= failed <= 5  # the first alone is sure to be answered
+    assert 1 <= failed <= 4  # of six at once two are sure to be answered
     assert f"answers: {6 - failed} complete, {failed} failed" in result.stdout
 
 
