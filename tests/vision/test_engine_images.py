@@ -1,8 +1,8 @@
 """Images through the engine: every token is that of a plain forward pass with the pictures spliced in.
 
-The truth is transformers' Qwen2 over embeddings joined here, from the checkpoint's tensors; what the encoder makes of a
-picture is taken from our model (tests/vision/test_minicpmv_model.py judges it), one image at a time. fp32 throughout, so
-that rounding hides nothing.
+The truth is transformers' Qwen2 over embeddings joined here, from the checkpoint's tensors; what the encoder makes of
+a picture is taken from our model (tests/vision/test_minicpmv_model.py judges it), one image at a time. fp32
+throughout, so that rounding hides nothing.
 """
 
 from __future__ import annotations
